@@ -21,6 +21,7 @@ from sera_serve.trainer.activations import checkpointed_activations
 from sera_serve.trainer.allocation import few_steps_note
 from sera_serve.trainer.checkpoint import last_checkpoint, load_part, read_state, run_digest, run_folder
 from sera_serve.trainer.curves import check_plot, evaluations, plot_curves, tensorboard_callback
+from sera_serve.trainer.data.labelled import Examples
 from sera_serve.trainer.initial import InitialAdapter, load_initial
 from sera_serve.trainer.loop import (
     AdapterTrainer,
@@ -32,7 +33,7 @@ from sera_serve.trainer.parallel import Processes, join_processes
 from sera_serve.trainer.patterns import shapes_by_path, total_ranks
 from sera_serve.trainer.progress import RichProgress
 from sera_serve.trainer.settings import KEPT_BY_INIT, TrainSettings
-from sera_serve.trainer.tasks import TASKS, GenerateTask, TaskData, TrainingTask, check_base_of_texts, row_counts
+from sera_serve.trainer.tasks import TASKS, GenerateTask, TrainingTask, check_base_of_texts, row_counts
 
 _DEFAULT_MAX_LENGTH = 512
 
@@ -193,7 +194,7 @@ class TrainingRun:
 
     settings: TrainSettings
     base: FrozenBase
-    data: TaskData
+    data: Examples[Any]
     max_length: int
     initial: InitialAdapter | None
     console: Console

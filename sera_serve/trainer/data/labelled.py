@@ -27,18 +27,6 @@ _LEAST_ROWS = 4
 USES: tuple[Use, ...] = ("train", "eval", "test")
 
 
-def table_for(settings: TrainSettings, use: Use) -> Table | None:
-    """Read the rows of one use, or return None where `settings` names no file for it.
-
-    Raises:
-        InvalidData: The file cannot be read.
-    """
-    path: Path | None = getattr(settings, use)
-    if path is None:
-        return None
-    return read_table(path, delimiter=settings.delimiter, encoding=settings.encoding, split=use)
-
-
 def read_uses(
     settings: TrainSettings, read: Callable[[Table, TrainSettings], list[T]]
 ) -> tuple[dict[Use, list[T]], dict[str, str], list[str]]:
@@ -54,11 +42,14 @@ def read_uses(
     digests: dict[str, str] = {}
     notes: list[str] = []
     for use in USES:
+        path: Path | None = getattr(settings, use)
+        if path is None:
+            continue
         with faults_of(use):
-            if (table := table_for(settings, use)) is not None:
-                rows[use] = read(table, settings)
-                digests[use] = table.digest
-                notes += table.notes
+            table = read_table(path, delimiter=settings.delimiter, encoding=settings.encoding, split=use)
+            rows[use] = read(table, settings)
+            digests[use] = table.digest
+            notes += table.notes
     return rows, digests, notes
 
 
@@ -96,18 +87,21 @@ LabelsOf = Callable[[Any], Collection[str]]
 
 
 @dataclass(frozen=True)
-class Examples(Generic[Labelled]):
+class Examples(Generic[T]):
     """Checked rows by use.
 
     Attributes:
-        digests: sha256 of each file, by use; of images too.
+        train: What is learned.
+        eval: What chooses the epoch.
+        test: What is scored at the end.
+        digests: sha256 of each file, by use; of images too. They are a part of what names the run.
         notes: What the user should know about the rows.
         labels: Every label, in the order of the head's rows; of spans, sorted. Empty where rows have no labels.
     """
 
-    train: list[Labelled]
-    eval: list[Labelled]
-    test: list[Labelled]
+    train: list[T]
+    eval: list[T]
+    test: list[T]
     digests: dict[str, str]
     notes: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from adapters_store import MAX_CHAT_TEMPLATE_BYTES
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.trainer.data.labelled import read_uses
+from sera_serve.trainer.data.labelled import Examples, read_uses
 from sera_serve.trainer.data.splits import draw, hold_out_for
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.faults import InvalidData, Problems, Row
@@ -162,27 +162,17 @@ def _alpaca(row: Row, has_inputs: bool, problems: Problems) -> Passage:
     return Passage(row.place(), output, _ALPACA_ALONE.format(instruction=instruction), question=instruction)
 
 
-@dataclass(frozen=True)
-class GenerateData:
-    """Checked rows of task generate, by use.
+@dataclass(frozen=True, kw_only=True)
+class GenerateData(Examples[Passage]):
+    """Checked rows of task generate, by use; no labels.
 
     Attributes:
-        train: What is learned.
-        eval: What chooses the epoch.
-        test: What is scored at the end.
-        digests: The sha256 of each file, by use.
         chat_template: The template of the rows, all of which are chats then, or None.
         prefers_chat: Whether the rows become chats where the base has a template of its own.
-        notes: What the user should know about the rows.
     """
 
-    train: list[Passage]
-    eval: list[Passage]
-    test: list[Passage]
-    digests: dict[str, str]
     chat_template: str | None = None
     prefers_chat: bool = False
-    notes: list[str] = field(default_factory=list)
 
 
 def load_generate_data(settings: TrainSettings, template: str | None = None) -> GenerateData:
@@ -218,7 +208,9 @@ def load_generate_data(settings: TrainSettings, template: str | None = None) -> 
         else:
             train, rows["eval"] = hold_out_for(settings, train, notes, key=lambda r: r.group, stratum=lambda r: "")
     prefers_chat = settings.format == "alpaca"
-    return GenerateData(train, rows["eval"], rows["test"], digests, template, prefers_chat, notes)
+    return GenerateData(
+        train, rows["eval"], rows["test"], digests, notes, chat_template=template, prefers_chat=prefers_chat
+    )
 
 
 def _check_chats(passages: list[Passage], settings: TrainSettings) -> None:

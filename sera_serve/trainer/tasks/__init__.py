@@ -4,7 +4,7 @@ from sera_serve.trainer.task_options import Task
 from sera_serve.trainer.tasks.classify import CLASSIFY, ClassifyTask
 from sera_serve.trainer.tasks.generate import GENERATE, GenerateTask
 from sera_serve.trainer.tasks.image_classify import IMAGE_CLASSIFY
-from sera_serve.trainer.tasks.protocol import TaskData, TaskKind, TrainingTask, check_base_of_texts, row_counts
+from sera_serve.trainer.tasks.protocol import TaskKind, TrainingTask, check_base_of_texts, row_counts
 from sera_serve.trainer.tasks.regress import REGRESS
 from sera_serve.trainer.tasks.retrieve import RETRIEVE
 from sera_serve.trainer.tasks.token_classify import TOKEN_CLASSIFY, TokenClassifyTask
@@ -22,7 +22,6 @@ __all__ = [
     "TASKS",
     "ClassifyTask",
     "GenerateTask",
-    "TaskData",
     "TokenClassifyTask",
     "TrainingTask",
     "check_base_of_texts",

@@ -11,19 +11,10 @@ from torch import Tensor
 from adapters_store import AdapterConfig
 from sera_serve.base import FrozenBase
 from sera_serve.errors import InvalidConfiguration
+from sera_serve.trainer.data.labelled import Examples
 from sera_serve.trainer.model import AdapterModel
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.task_options import Task
-
-
-class TaskData(Protocol):
-    """The checked rows of a run.
-
-    Attributes:
-        digests: The sha256 of each file, by its use. They are a part of what names the run.
-    """
-
-    digests: dict[str, str]
 
 
 class TrainingTask(Protocol):
@@ -68,7 +59,7 @@ def row_counts(task: TrainingTask) -> dict[str, int]:
     return {"train": len(task.train_rows), "eval": len(task.eval_rows), "test": len(task.test_rows)}
 
 
-LoadData = Callable[[TrainSettings, AdapterConfig | None], Any]
+LoadData = Callable[[TrainSettings, AdapterConfig | None], Examples[Any]]
 """Reads and checks the files of a run. The second argument is the adapter that the run goes on from, or None.
 
 It raises `InvalidData`.
@@ -82,7 +73,7 @@ class TaskKind:
     """One `--task`: what reads its rows, and what makes its task from them.
 
     Attributes:
-        load: See `LoadData`. The result is a `TaskData`.
+        load: See `LoadData`.
         build: See `BuildTask`. The data are those of `load`.
         takes_images: Whether its rows have images. A server of a base with an image tower serves no other adapter.
     """
