@@ -17,11 +17,10 @@ import io
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import numpy as np
@@ -37,6 +36,7 @@ from transformers import ViTConfig, ViTModel
 
 from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, ModuleSpec, expected_shapes
 from benchmarks.last_line import tell
+from benchmarks.system_process import System, SystemProcess
 from sera_serve.base import FrozenBase, ImageInput, decode_image, freeze_base, merge_adapter, to_pixels
 from sera_serve.config import ServeSettings
 from sera_serve.engine import Principal, ServingEngine
@@ -45,7 +45,6 @@ IMAGES = 16
 TARGETS = ("q_proj", "v_proj")
 TOLERANCE = 1e-3
 Vectors = NDArray[np.float32]
-Case = Callable[[], Vectors]
 
 
 @dataclass(frozen=True)
@@ -110,12 +109,24 @@ def pixels(base: FrozenBase, files: list[bytes]) -> torch.Tensor:
     return torch.from_numpy(np.stack([to_pixels(decode_image(data), base.image_spec) for data in files]))
 
 
-def served(setting: ViTSetting) -> dict[str, Case]:
+def timed(cases: dict[str, Callable[[], Vectors]], close: Callable[[], None] = lambda: None) -> System:
+    """A system whose cases give their vectors, and their seconds."""
+
+    def run(case: Callable[[], Vectors]) -> tuple[Vectors, float]:
+        start = time.perf_counter()
+        vectors = case()
+        return vectors, time.perf_counter() - start
+
+    return System({name: partial(run, case) for name, case in cases.items()}, close)
+
+
+def served(setting: ViTSetting) -> System:
     """The engine: 16 requests of one image each, to the base, to one adapter, and to 16."""
     base = setting.base()
     tower = base.image_tower
     assert tower is not None
-    store = AdapterStore(Path(mkdtemp()) / "store")
+    folder = TemporaryDirectory()
+    store = AdapterStore(Path(folder.name) / "store")
     names = [f"bench/a{seed}" for seed in range(IMAGES)]
     for seed, name in enumerate(names):
         store.publish(setting.adapter(base, seed), name)
@@ -137,14 +148,15 @@ def served(setting: ViTSetting) -> dict[str, Case]:
 
         return asyncio.run(all_of_them())
 
-    return {
-        "base": lambda: run([None] * IMAGES),
-        "sera_1": lambda: run([names[0]] * IMAGES),
-        "sera_16": lambda: run([*names]),
-    }
+    def close() -> None:
+        engine.stop()
+        folder.cleanup()
+
+    cases: dict[str, list[str | None]] = {"base": [None], "sera_1": [names[0]], "sera_16": [*names]}
+    return timed({name: partial(run, used * (IMAGES // len(used))) for name, used in cases.items()}, close)
 
 
-def plain(setting: ViTSetting) -> dict[str, Case]:
+def plain(setting: ViTSetting) -> System:
     """transformers' own model on one batch, and what it gives with one adapter merged."""
     base = setting.base()
     files = setting.files()
@@ -159,11 +171,12 @@ def plain(setting: ViTSetting) -> dict[str, Case]:
         merge_adapter(one, setting.adapter(base, seed))
         return run(one)
 
-    cases: dict[str, Case] = {f"merged_{seed}": lambda seed=seed: merged(seed) for seed in (0, 7, 15)}
-    return {"transformers": lambda: run(base), **cases}
+    return timed(
+        {"transformers": partial(run, base), **{f"merged_{seed}": partial(merged, seed) for seed in (0, 7, 15)}}
+    )
 
 
-def peft(setting: ViTSetting) -> dict[str, Case]:
+def peft(setting: ViTSetting) -> System:
     """16 LoRA adapters of the same rank and targets: PEFT's mixed batch, and one adapter at a time."""
     base = setting.base()
     files = setting.files()
@@ -188,10 +201,10 @@ def peft(setting: ViTSetting) -> dict[str, Case]:
             rows.append(model(pixel_values=pixels(base, [data])).last_hidden_state[0, 0].numpy())
         return np.stack(rows)
 
-    return {"peft_mixed_16": mixed, "peft_swap_16": swap}
+    return timed({"peft_mixed_16": mixed, "peft_swap_16": swap})
 
 
-SYSTEM_OF: dict[str, Callable[[ViTSetting], dict[str, Case]]] = {
+SYSTEM_OF: dict[str, Callable[[ViTSetting], System]] = {
     "base": served,
     "sera_1": served,
     "sera_16": served,
@@ -199,18 +212,6 @@ SYSTEM_OF: dict[str, Callable[[ViTSetting], dict[str, Case]]] = {
     "peft_mixed_16": peft,
     "peft_swap_16": peft,
 }
-# The one system of this process, where it is a worker's.
-_cases: dict[str, Case] = {}
-
-
-def _build(system: Callable[[ViTSetting], dict[str, Case]], setting: ViTSetting) -> None:
-    _cases.update(system(setting))
-
-
-def _run(case: str) -> tuple[Vectors, float]:
-    start = time.perf_counter()
-    vectors = _cases[case]()
-    return vectors, time.perf_counter() - start
 
 
 def check(run: Callable[[str], tuple[Vectors, float]]) -> list[str]:
@@ -235,14 +236,13 @@ def main(
     """Measure, print a table, then one JSON line."""
     console = Console(stderr=True)
     setting = ViTSetting(2, 64) if quick else ViTSetting(12, 224)
-    pools = {system: ProcessPoolExecutor(1, get_context("spawn")) for system in dict.fromkeys(SYSTEM_OF.values())}
+    systems = {system: SystemProcess(system, setting) for system in dict.fromkeys(SYSTEM_OF.values())}
 
     def run(case: str) -> tuple[Vectors, float]:
-        return pools[SYSTEM_OF.get(case, plain)].submit(_run, case).result()
+        vectors, seconds = systems[SYSTEM_OF.get(case, plain)].run(case)
+        return vectors, seconds
 
     try:
-        for system, pool in pools.items():
-            pool.submit(_build, system, setting).result()
         # Also the warm-up.
         wrong = check(run)
         seconds: dict[str, list[float]] = {case: [] for case in SYSTEM_OF}
@@ -250,8 +250,8 @@ def main(
             for case, times in seconds.items():
                 times.append(run(case)[1])
     finally:
-        for pool in pools.values():
-            pool.shutdown()
+        for system in systems.values():
+            system.close()
     rows: list[dict[str, Any]] = []
     table = Table("case", "images/s", "ratio to base")
     for case, times in seconds.items() if not wrong else ():

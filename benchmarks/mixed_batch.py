@@ -19,14 +19,8 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.last_line import tell
-from benchmarks.systems import (
-    Setting,
-    SystemProcess,
-    base_system,
-    generate_system,
-    peft_system,
-    served_system,
-)
+from benchmarks.system_process import SystemProcess
+from benchmarks.systems import Setting, base_system, generate_system, peft_system, served_system
 
 CASES = ["base", "enabled_base_only", "sera_1", "sera_16", "sera_64", "peft_mixed_16", "peft_swap_16", "hf_generate_16"]
 ENGINE_CASES = ["base", "enabled_base_only", "sera_1", "sera_16", "base_64", "sera_1_of_64", "sera_64"]

@@ -1,17 +1,10 @@
-"""The systems that `mixed_batch` compares, each in a process of its own, as it would run.
-
-In one process they would slow each other down: GNU OpenMP stops spinning between parallel regions as soon as the
-threads of all its pools outnumber the cores, and every thread that computes has a pool.
-"""
+"""The systems that `mixed_batch` compares."""
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -21,19 +14,11 @@ from torch import Tensor
 from benchmarks.batch_driver import BatchDriver, Run
 from benchmarks.fleet import Fleet
 from benchmarks.llama_bases import VOCABULARY, llama_base
+from benchmarks.system_process import Case, System
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase, merge_adapter
 
 ADAPTERS = 64
-Case = Callable[[], Run]
-
-
-@dataclass(frozen=True)
-class System:
-    """One thing to measure: its cases by name, and how to end its threads."""
-
-    cases: dict[str, Case]
-    close: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -138,41 +123,3 @@ def peft_system(setting: Setting) -> System:
         return static_generate(model, prompts, setting.new_tokens, adapter_names=names)
 
     return System({"peft_mixed_16": mixed, "peft_swap_16": swap})
-
-
-class SystemProcess:
-    """One system in a process of its own, which idles between cases."""
-
-    def __init__(self, system: Callable[[Setting], System], setting: Setting) -> None:
-        """Start the process and begin to build the system."""
-        self._pool = ProcessPoolExecutor(1, get_context("spawn"))
-        self._built = self._pool.submit(_build, system, setting)
-
-    def run(self, case: str) -> Run:
-        """Run one case and wait for it."""
-        self._built.result()
-        return self._pool.submit(_run, case).result()
-
-    def close(self) -> None:
-        """End the process."""
-        self._pool.submit(_close)
-        self._pool.shutdown()
-
-
-# The one system of this process, where it is a SystemProcess's.
-_systems: list[System] = []
-
-
-def _build(system: Callable[[Setting], System], setting: Setting) -> None:
-    # In a thread that ends, and its OpenMP pool with it: what runs later is then alone.
-    with ThreadPoolExecutor(1) as thread:
-        _systems.append(thread.submit(system, setting).result())
-
-
-def _run(case: str) -> Run:
-    return _systems[0].cases[case]()
-
-
-def _close() -> None:
-    for system in _systems:
-        system.close()

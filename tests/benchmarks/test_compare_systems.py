@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from benchmarks import mixed_batch
 from benchmarks.batch_driver import Run
-from benchmarks.systems import Setting, System, SystemProcess, generate_system
+from benchmarks.system_process import System, SystemProcess
+from benchmarks.systems import Setting, generate_system
 
 
 class LocalSystem:
