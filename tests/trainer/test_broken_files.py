@@ -25,8 +25,8 @@ import pytest
 import zstandard
 from trainer_samples import settings_for
 
-from sera_serve.trainer.data.labelled import load_classify_data
 from sera_serve.trainer.data.passages import load_generate_data
+from sera_serve.trainer.data.targets import load_classify_data
 from sera_serve.trainer.tables.faults import InvalidData
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results.md"

@@ -18,7 +18,7 @@ from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.server import build_app
-from sera_serve.trainer.data.images import load_image_label_sets
+from sera_serve.trainer.data.images import load_image_classify_data
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.tables.faults import InvalidData
 from sera_serve.trainer.tasks.multi_label import label_set_metrics
@@ -59,7 +59,7 @@ def options(**more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_a_metadata_file_has_the_labels_of_each_image(kind: str, tmp_path: Path) -> None:
     folder = metadata_folder(tmp_path / "rows", 8, kind)
-    data = load_image_label_sets(image_settings(tmp_path, folder, **options(eval_fraction=0.25)))
+    data = load_image_classify_data(image_settings(tmp_path, folder, **options(eval_fraction=0.25)))
     assert data.labels == ["blue", "red"]
     assert len(data.train) + len(data.eval) == 8 and data.eval
     found = {(row.row.number, row.target) for row in data.train + data.eval}
@@ -71,12 +71,12 @@ def test_each_label_keeps_a_training_image(tmp_path: Path) -> None:
     lines = [{"file_name": f"{i}.png", "tags": ["common", f"rare{i}"] if i < 9 else ["common"]} for i in range(24)]
     lines[23]["tags"] = ["common,rare1"]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    data = load_image_label_sets(image_settings(tmp_path, folder, **options(eval_fraction=0.4)))
+    data = load_image_classify_data(image_settings(tmp_path, folder, **options(eval_fraction=0.4)))
     assert {label for row in data.train for label in row.target} == set(data.labels) and len(data.labels) == 11
     assert data.eval
     assert any("10 labels 'common,rare1', 'rare0'" in note and "a single row each" in note for note in data.notes)
     assert any("'common,rare1' is one label" in note and "give --label-separator ','" in note for note in data.notes)
-    drawn = load_image_label_sets(image_settings(tmp_path, folder, **options(train_limit=8)))
+    drawn = load_image_classify_data(image_settings(tmp_path, folder, **options(train_limit=8)))
     assert any("no row of it is among the 8 drawn ones" in note for note in drawn.notes)
 
 
@@ -86,7 +86,7 @@ def test_what_cannot_be_learned_is_refused_with_its_row(tmp_path: Path) -> None:
     def refused(text: str, **more: Any) -> str:
         (folder / "metadata.jsonl").write_text(text)
         with pytest.raises(InvalidData) as caught:
-            load_image_label_sets(image_settings(tmp_path, folder, **options(**more)))
+            load_image_classify_data(image_settings(tmp_path, folder, **options(**more)))
         return caught.value.message
 
     good = "".join(json.dumps({"file_name": f"{i}.png", "tags": ["blue"]}) + "\n" for i in range(4))
@@ -100,7 +100,7 @@ def test_what_cannot_be_learned_is_refused_with_its_row(tmp_path: Path) -> None:
     assert "row 2 (line 2): label 'red' is not in the training data, which has blue" in refused(good, eval=other)
     plain = image_folder(tmp_path / "plain", 4)
     with pytest.raises(InvalidData, match=r"one label; give a folder with a metadata\.csv"):
-        load_image_label_sets(image_settings(tmp_path, plain, **options()))
+        load_image_classify_data(image_settings(tmp_path, plain, **options()))
 
 
 def test_every_served_image_gives_the_trainers_metrics(tmp_path: Path) -> None:
@@ -147,4 +147,4 @@ def test_an_adapter_of_sets_goes_on_with_sets_alone(tmp_path: Path) -> None:
 def test_patience_without_rows_for_evaluation_is_refused(tmp_path: Path) -> None:
     settings = image_settings(tmp_path, metadata_folder(tmp_path / "rows", 16), **options(eval_fraction=0, patience=1))
     with pytest.raises(InvalidData, match="--patience needs evaluations; give --eval"):
-        load_image_label_sets(settings)
+        load_image_classify_data(settings)

@@ -16,7 +16,8 @@ from sera_serve.base import FrozenBase, ModelInputs
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.server import build_app
-from sera_serve.trainer.data.labelled import Example, Examples, load_classify_data
+from sera_serve.trainer.data.labelled import Example, Examples
+from sera_serve.trainer.data.targets import load_classify_data
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.faults import Row

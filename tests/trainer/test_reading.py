@@ -19,9 +19,9 @@ import pytest
 import zstandard
 from trainer_samples import settings_for, write_jsonl
 
-from sera_serve.trainer.data.labelled import Example, Examples, load_classify_data
+from sera_serve.trainer.data.labelled import Example, Examples
 from sera_serve.trainer.data.passages import GenerateData, load_generate_data
-from sera_serve.trainer.data.targets import load_numbers
+from sera_serve.trainer.data.targets import load_classify_data, load_numbers
 from sera_serve.trainer.tables.faults import InvalidData
 from sera_serve.trainer.tables.table import read_table
 

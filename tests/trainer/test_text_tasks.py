@@ -18,7 +18,7 @@ from adapters_store import AdapterBundle, AdapterStore, Task
 from sera_serve.base import FrozenBase, load_base, preprocess
 from sera_serve.base.spans import Span, bio_tags, decode_tags, encode_tags, token_ranges
 from sera_serve.errors import InvalidConfiguration
-from sera_serve.trainer.data.targets import load_label_sets
+from sera_serve.trainer.data.targets import load_classify_data
 from sera_serve.trainer.run import TrainResult, train_adapter
 from sera_serve.trainer.settings import TrainSettings, load_options
 from sera_serve.trainer.tables.faults import InvalidData
@@ -401,7 +401,7 @@ def test_broken_rows_are_refused_by_row(tmp_path: Path, name: str) -> None:
 
 def test_a_label_may_stand_in_brackets(tmp_path: Path) -> None:
     rows = [[f"t{i}", "[draft]" if i % 2 else "[1]|[2]"] for i in range(20)]
-    found = load_label_sets(
+    found = load_classify_data(
         settings_for(Path("tiny"), tmp_path, write_csv(tmp_path / "rows.csv", rows), multi_label=True)
     )
     assert found.labels == ["[1]", "[2]", "[draft]"]

@@ -10,11 +10,10 @@ import pyarrow.parquet
 import pytest
 from trainer_samples import ending_rule, settings_for, write_csv, write_jsonl
 
-from sera_serve.trainer.data.labelled import load_classify_data
 from sera_serve.trainer.data.passages import load_generate_data
 from sera_serve.trainer.data.spans import load_spans
 from sera_serve.trainer.data.splits import draw, hold_out
-from sera_serve.trainer.data.targets import load_label_sets, load_numbers
+from sera_serve.trainer.data.targets import load_classify_data, load_numbers
 from sera_serve.trainer.tables.faults import InvalidData
 
 GOOD = [["a text", "x"], ["b text", "y"], ["c text", "x"], ["d text", "y"]]
@@ -114,10 +113,10 @@ def test_a_fault_of_another_file_than_the_training_rows_names_that_file(
     other = tmp_path / "other.csv"
     other.write_bytes(content)
     train = write_csv(tmp_path / "train.csv", [*GOOD, *GOOD])
-    for loader, multi_label in ((load_classify_data, False), (load_label_sets, True)):
+    for multi_label in (False, True):
         settings = settings_for(Path("base"), tmp_path, train, multi_label=multi_label, **{use: other})
         with pytest.raises(InvalidData, match=r"other\.csv") as caught:
-            loader(settings)
+            load_classify_data(settings)
         assert caught.value.param == ("label_column" if b"tag" in content else use)
 
 
@@ -294,7 +293,7 @@ def test_a_set_of_labels_with_many_rows_stays_in_the_training_rows(tmp_path: Pat
     names = [f"t{i:02d}" for i in range(12)]
     sets = [list(labels) for labels in combinations(names, 3)][:200] + [["urgent"]] * 30
     rows = [{"text": f"text {i}", "label": labels} for i, labels in enumerate(sets)]
-    found = load_label_sets(
+    found = load_classify_data(
         settings_for(Path("base"), tmp_path, write_jsonl(tmp_path / "rows.jsonl", rows), multi_label=True)
     )
     assert len(found.eval) == 23
@@ -310,7 +309,7 @@ def test_each_of_several_labels_keeps_a_training_row(tmp_path: Path) -> None:
     options = settings_for(
         Path("base"), tmp_path, write_jsonl(tmp_path / "rows.jsonl", rows), multi_label=True, eval_fraction=0.4
     )
-    found = load_label_sets(options)
+    found = load_classify_data(options)
     assert {label for item in found.train for label in item.target} == set(found.labels)
     assert len(found.eval) == 16 and all(item.target == {"often"} for item in found.eval)
     assert any("32 labels 'first', 'rare00'" in note and "a single row each" in note for note in found.notes)
@@ -348,7 +347,7 @@ def test_a_limit_keeps_the_labels_of_all_rows_of_sets_and_spans(tmp_path: Path, 
         options["eval"] = write_jsonl(tmp_path / "eval.jsonl", rows(9))
     settings = settings_for(Path("base"), tmp_path, write_jsonl(tmp_path / "rows.jsonl", rows(800)), **options)
     if task == "classify":
-        sets = load_label_sets(settings)
+        sets = load_classify_data(settings)
         labels, notes, train = sets.labels, sets.notes, len(sets.train)
     else:
         spans = load_spans(settings)

@@ -13,7 +13,7 @@ from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import attached_layers, count_adapter_parameters
-from sera_serve.trainer.data.labelled import load_classify_data
+from sera_serve.trainer.data.targets import load_classify_data
 from sera_serve.trainer.loop import training_arguments
 from sera_serve.trainer.run import TrainingFailed, train_adapter
 from sera_serve.trainer.tasks import ClassifyTask

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from adapters_store import AdapterConfig, ImageSpec
-from sera_serve.trainer.data.labelled import USES, Examples, ImageExample, LabelSet, Use, one_label_each
+from sera_serve.trainer.data.labelled import USES, Examples, ImageExample, Use
 from sera_serve.trainer.data.splits import draw, hold_out
-from sera_serve.trainer.data.targets import labels_of, sets_of_labels
+from sera_serve.trainer.data.targets import labels_of_rows, reader_of_labels
 from sera_serve.trainer.option_text import flag
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.faults import InvalidData, Problems, Row, faults_of
@@ -56,11 +56,12 @@ class _FileRow(Row):
         return str(self.values["image"])
 
 
-def load_image_classify_data(settings: TrainSettings, initial: AdapterConfig | None = None) -> ImageExamples[str]:
-    """Read and check the images and labels of `settings`.
+def load_image_classify_data(settings: TrainSettings, initial: AdapterConfig | None = None) -> ImageExamples[Any]:
+    """Read and check the images of `settings`, with a label each, or with `--multi-label` a set of labels each.
 
-    `--train` is a table with a column of images, or an image folder or its zip file. The splits of an image folder are
-    used by their names where `--eval` and `--test` are not given.
+    `--train` is a table with a column of images, a folder with such a table (metadata.csv, .jsonl or .parquet, as
+    `datasets` has it), or an image folder or its zip file. The splits of an image folder are used by their names where
+    `--eval` and `--test` are not given. Its folders are one label each, so it has no sets of labels.
 
     Args:
         settings: Options of the run.
@@ -70,26 +71,11 @@ def load_image_classify_data(settings: TrainSettings, initial: AdapterConfig | N
     Raises:
         InvalidData: A file, an image or some of the rows cannot be used.
     """
-    _check_table_options(settings)
+    if not settings.multi_label:
+        _check_table_options(settings)
     reader = _Reader(settings)
     rows = reader.uses(reader.labelled)
-    kept = initial.labels if initial is not None else None
-    return reader.examples(rows, initial, one_label_each(settings, rows, reader.notes, kept))
-
-
-def load_image_label_sets(settings: TrainSettings, initial: AdapterConfig | None = None) -> ImageExamples[LabelSet]:
-    """Read and check the images of `settings`, each with a set of labels; arguments as in `load_image_classify_data`.
-
-    `--train` is a table with a column of images, or a folder with such a table: metadata.csv, .jsonl or .parquet, as
-    `datasets` has it. The folders of an image folder are one label each, so one without a table is refused.
-
-    Raises:
-        InvalidData: A file, an image or some of the rows cannot be used.
-    """
-    reader = _Reader(settings)
-    rows = reader.uses(reader.tagged)
-    kept = initial.labels if initial is not None else None
-    return reader.examples(rows, initial, sets_of_labels(settings, rows, reader.notes, kept))
+    return reader.examples(rows, initial, labels_of_rows(settings, rows, reader.notes, initial))
 
 
 def load_retrieve_data(settings: TrainSettings, initial: AdapterConfig | None = None) -> ImageExamples[str]:
@@ -152,31 +138,22 @@ class _Reader:
             spec=initial.image if initial is not None else None,
         )
 
-    def labelled(self, use: Use) -> list[ImageExample[str]]:
+    def labelled(self, use: Use) -> list[ImageExample[Any]]:
         """Read the rows for a use: train, eval or test; none if there is no file for it."""
-        path: Path | None = getattr(self._settings, use)
-        if _is_image_folder(path or self._settings.train):
+        settings = self._settings
+        path: Path | None = getattr(settings, use)
+        if not settings.multi_label and _is_image_folder(path or settings.train):
             return self._labelled_files(use, path)
-        if path is None:
-            return []
-        return self._examples(path, use, "label_column", lambda *cell: [label_of(*cell)])
-
-    def tagged(self, use: Use) -> list[ImageExample[LabelSet]]:
-        """Read the rows for a use, as `labelled` does. A cell holds a list of labels, or text with separators."""
-        path: Path | None = getattr(self._settings, use)
         if path is None:
             return []
         if _is_image_folder(path):
             raise InvalidData(
                 f"{path} is read as label/file, where an image has one label; give a folder with a {_METADATA[0]} or "
-                f"{_METADATA[1]} beside the images, with the columns {_METADATA_COLUMN} and "
-                f"{self._settings.label_column}",
+                f"{_METADATA[1]} beside the images, with the columns {_METADATA_COLUMN} and {settings.label_column}",
                 param=use,
             )
-        separator = self._settings.label_separator
-        return self._examples(
-            path, use, "label_column", lambda row, column, problems: [labels_of(row, column, separator, problems)]
-        )
+        read = reader_of_labels(settings)
+        return self._examples(path, use, "label_column", lambda *cell: [read(*cell)])
 
     def _labelled_files(self, use: Use, given: Path | None) -> list[ImageExample[str]]:
         path = given or self._settings.train

@@ -5,7 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sized
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
@@ -14,7 +14,7 @@ from sera_serve.trainer.data.splits import draw, hold_out_for
 from sera_serve.trainer.option_text import flag
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.faults import InvalidData, Problems, Row, faults_of
-from sera_serve.trainer.tables.fields import label_of, text_of, whole_number_names
+from sera_serve.trainer.tables.fields import text_of
 from sera_serve.trainer.tables.table import Table, read_table
 
 T = TypeVar("T")
@@ -105,34 +105,6 @@ class Examples(Generic[T]):
     digests: dict[str, str]
     notes: list[str] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
-
-
-def load_classify_data(settings: TrainSettings, labels: list[str] | None = None) -> Examples[Example[str]]:
-    """Read and check the files of `settings`.
-
-    Args:
-        settings: Options of the run.
-        labels: The labels of the adapter that the run goes on from, which it keeps; None takes those of the rows.
-
-    Raises:
-        InvalidData: A file or some of its rows cannot be used.
-    """
-    rows, digests, notes = read_uses(settings, lambda table, settings: checked_texts(table, settings, label_of))
-    labels = one_label_each(settings, rows, notes, labels)
-    return Examples(rows["train"], rows["eval"], rows["test"], digests, notes, labels)
-
-
-def one_label_each(
-    settings: TrainSettings, rows: dict[Use, list[Labelled]], notes: list[str], kept: list[str] | None
-) -> list[str]:
-    """Name the labels of rows that have one each, as `whole_number_names` does, and go on as `part_by_labels`."""
-    known = kept
-    for use in USES:
-        names = whole_number_names([item.target for item in rows[use]], known)
-        rows[use] = [replace(i, target=names[i.target]) if i.target in names else i for i in rows[use]]
-        if known is None:
-            known = list({item.target for item in rows[use]})
-    return part_by_labels(settings, rows, notes, kept, lambda label: (label,), check_labels, is_one=True)
 
 
 def part_by_labels(

@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters_store import MAX_CHAT_TEMPLATE_BYTES
+from adapters_store import MAX_CHAT_TEMPLATE_BYTES, AdapterConfig
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.data.labelled import Examples, read_uses
 from sera_serve.trainer.data.splits import draw, hold_out_for
@@ -175,12 +175,12 @@ class GenerateData(Examples[Passage]):
     prefers_chat: bool = False
 
 
-def load_generate_data(settings: TrainSettings, template: str | None = None) -> GenerateData:
+def load_generate_data(settings: TrainSettings, initial: AdapterConfig | None = None) -> GenerateData:
     """Read and check the files of `settings`.
 
     Args:
         settings: Options of the run.
-        template: The chat template of the adapter that the run goes on from, which it keeps, or None.
+        initial: The adapter that the run goes on from: its chat template is kept.
 
     A single long text (a `.txt` file) has no rows to split. The last `eval_fraction` of its characters is held out,
     and at most half as much again, so that the cut is after a line or else a word.
@@ -189,6 +189,7 @@ def load_generate_data(settings: TrainSettings, template: str | None = None) -> 
         InvalidConfiguration: There are two templates.
         InvalidData: A file or some of its rows cannot be used.
     """
+    template = initial.chat_template if initial is not None else None
     if template is not None and settings.chat_template is not None:
         raise InvalidConfiguration(
             f"--init-from keeps the chat template of {settings.init_from}; leave --chat-template out",

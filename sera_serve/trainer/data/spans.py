@@ -6,7 +6,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sera_serve.base.spans import OUTSIDE, Span
+from adapters_store import AdapterConfig
+from sera_serve.base.spans import OUTSIDE, Span, kinds_of
 from sera_serve.errors import counted
 from sera_serve.trainer.data.labelled import Example, Examples, part_by_labels, read_uses
 from sera_serve.trainer.settings import TrainSettings
@@ -25,18 +26,20 @@ Marked = tuple[Span, ...]
 """The spans of a text, in the order of their places, without overlaps."""
 
 
-def load_spans(settings: TrainSettings, kinds: list[str] | None = None) -> Examples[Example[Marked]]:
+def load_spans(settings: TrainSettings, initial: AdapterConfig | None = None) -> Examples[Example[Marked]]:
     """Read and check the rows of task token-classify.
 
     Args:
         settings: Options of the run.
-        kinds: The labels of spans of the adapter that the run goes on from; None takes those of the training rows.
+        initial: The adapter that the run goes on from: its labels of spans are kept. None takes those of the training
+            rows.
 
     Raises:
         InvalidData: A file or some of its rows cannot be used.
     """
     rows, digests, notes = read_uses(settings, _read)
-    kinds = part_by_labels(settings, rows, notes, kinds, lambda spans: {span.label for span in spans}, _check_kinds)
+    kept = kinds_of(initial.labels or []) if initial is not None else None
+    kinds = part_by_labels(settings, rows, notes, kept, lambda spans: {span.label for span in spans}, _check_kinds)
     return Examples(rows["train"], rows["eval"], rows["test"], digests, notes, kinds)
 
 

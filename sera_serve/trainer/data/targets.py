@@ -1,21 +1,25 @@
-"""Rows of a text, or a sentence pair, and what to learn of it: a number, or several labels."""
+"""Rows of a text, or a sentence pair, and what to learn of it: a label, several labels, or a number."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from adapters_store import AdapterConfig
 from sera_serve.trainer.data.labelled import (
+    USES,
     Example,
     Examples,
     Labelled,
     LabelSet,
     Use,
     check_count,
+    check_labels,
     checked_texts,
     part_by_labels,
     part_rows,
@@ -23,8 +27,7 @@ from sera_serve.trainer.data.labelled import (
 )
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.faults import InvalidData, Problems, Row
-from sera_serve.trainer.tables.fields import LONGEST_LABEL
-from sera_serve.trainer.tables.table import Table
+from sera_serve.trainer.tables.fields import LONGEST_LABEL, label_of, whole_number_names
 
 _SHOWN_CHARACTERS = 60
 # What people put between labels.
@@ -35,8 +38,8 @@ _LARGEST_NUMBER = 1e15
 _MOST_DEVIATIONS = 1e5
 
 
-def load_numbers(settings: TrainSettings) -> Examples[Example[float]]:
-    """Read and check the rows of task regress.
+def load_numbers(settings: TrainSettings, initial: AdapterConfig | None = None) -> Examples[Example[float]]:
+    """Read and check the rows of task regress. An adapter that the run goes on from decides nothing of them.
 
     Raises:
         InvalidData: A file or some of its rows cannot be used, or all training rows have one number.
@@ -62,25 +65,45 @@ def load_numbers(settings: TrainSettings) -> Examples[Example[float]]:
     return Examples(rows["train"], rows["eval"], rows["test"], digests, notes)
 
 
-def load_label_sets(settings: TrainSettings, labels: list[str] | None = None) -> Examples[Example[LabelSet]]:
-    """Read and check rows of task classify with several labels each, as `load_classify_data` does with one."""
-    separator = settings.label_separator
+def load_classify_data(settings: TrainSettings, initial: AdapterConfig | None = None) -> Examples[Example[Any]]:
+    """Read and check the rows of task classify, with a label each, or with `--multi-label` a set of labels each.
 
-    def sets(table: Table, settings: TrainSettings) -> list[Example[LabelSet]]:
-        return checked_texts(table, settings, lambda row, column, problems: labels_of(row, column, separator, problems))
+    Args:
+        settings: Options of the run.
+        initial: The adapter that the run goes on from: its labels are kept. None takes those of the rows.
 
-    rows, digests, notes = read_uses(settings, sets)
-    labels = sets_of_labels(settings, rows, notes, labels)
+    Raises:
+        InvalidData: A file or some of its rows cannot be used.
+    """
+    read = reader_of_labels(settings)
+    rows, digests, notes = read_uses(settings, lambda table, settings: checked_texts(table, settings, read))
+    labels = labels_of_rows(settings, rows, notes, initial)
     return Examples(rows["train"], rows["eval"], rows["test"], digests, notes, labels)
 
 
-def sets_of_labels(
-    settings: TrainSettings, rows: dict[Use, list[Labelled]], notes: list[str], kept: list[str] | None
+def reader_of_labels(settings: TrainSettings) -> Callable[[Row, str, Problems], str | LabelSet]:
+    """What reads the column of labels: one label of a row, or a set of labels."""
+    if not settings.multi_label:
+        return label_of
+    return lambda row, column, problems: labels_of(row, column, settings.label_separator, problems)
+
+
+def labels_of_rows(
+    settings: TrainSettings, rows: dict[Use, list[Labelled]], notes: list[str], initial: AdapterConfig | None
 ) -> list[str]:
-    """Go on with rows of several labels each as `part_by_labels` does."""
-    labels = part_by_labels(settings, rows, notes, kept, lambda labels: labels, _check_sets)
-    notes += separator_notes(labels, settings.label_separator)
-    return labels
+    """Check the labels of rows, and part the rows as `part_by_labels` does; `initial` as in `load_classify_data`."""
+    kept = initial.labels if initial is not None else None
+    if settings.multi_label:
+        labels = part_by_labels(settings, rows, notes, kept, lambda labels: labels, _check_sets)
+        notes += separator_notes(labels, settings.label_separator)
+        return labels
+    known = kept
+    for use in USES:
+        names = whole_number_names([item.target for item in rows[use]], known)
+        rows[use] = [replace(i, target=names[i.target]) if i.target in names else i for i in rows[use]]
+        if known is None:
+            known = list({item.target for item in rows[use]})
+    return part_by_labels(settings, rows, notes, kept, lambda label: (label,), check_labels, is_one=True)
 
 
 def _check_sets(path: Path, rows: int, labels: list[str]) -> None:

@@ -12,10 +12,9 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch import Tensor
 from torch.nn import functional
 
-from adapters_store import AdapterConfig
 from sera_serve.base import FrozenBase
-from sera_serve.trainer.data.labelled import Example, Examples, load_classify_data
-from sera_serve.trainer.data.targets import load_label_sets
+from sera_serve.trainer.data.labelled import Example, Examples
+from sera_serve.trainer.data.targets import load_classify_data
 from sera_serve.trainer.heads import HeadModel
 from sera_serve.trainer.model import new_head
 from sera_serve.trainer.settings import TrainSettings
@@ -80,9 +79,4 @@ def label_metrics(logits: Tensor, truth: Tensor) -> dict[str, float]:
     }
 
 
-def _load(settings: TrainSettings, initial: AdapterConfig | None) -> Examples[Example[Any]]:
-    labels = initial.labels if initial is not None else None
-    return load_label_sets(settings, labels) if settings.multi_label else load_classify_data(settings, labels)
-
-
-CLASSIFY = TaskKind(load=_load, build=ClassifyTask)
+CLASSIFY = TaskKind(load=load_classify_data, build=ClassifyTask)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapters_store import AdapterConfig
 from sera_serve.base import FrozenBase, ModelInputs
 from sera_serve.trainer.data.packing import check_packing, pack_rows, packed_length
 from sera_serve.trainer.data.passages import GenerateData, Passage, load_generate_data
@@ -106,12 +105,8 @@ class GenerateTask(TrainingTask):
         return {"chat_template": self.chat_template}
 
 
-def _load(settings: TrainSettings, initial: AdapterConfig | None) -> GenerateData:
-    return load_generate_data(settings, initial.chat_template if initial is not None else None)
-
-
 def _build(settings: TrainSettings, base: FrozenBase, data: GenerateData, max_length: int) -> GenerateTask:
     return GenerateTask(base, data, max_length=max_length, packing=settings.packing)
 
 
-GENERATE = TaskKind(load=_load, build=_build)
+GENERATE = TaskKind(load=load_generate_data, build=_build)

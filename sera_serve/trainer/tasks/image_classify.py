@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adapters_store import AdapterConfig
 from sera_serve.base import FrozenBase, Pooling
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import attached_layers
 from sera_serve.layers.attach import replace_module
 from sera_serve.trainer.data.image_batches import ImageRows
-from sera_serve.trainer.data.images import ImageExamples, load_image_classify_data, load_image_label_sets
+from sera_serve.trainer.data.images import ImageExamples, load_image_classify_data
 from sera_serve.trainer.data.labelled import ImageExample
 from sera_serve.trainer.heads import HeadModel
 from sera_serve.trainer.model import new_head
@@ -149,10 +148,4 @@ def _batches(count: int) -> list[range]:
     return [range(start, min(start + _EVAL_BATCH, count)) for start in range(0, count, _EVAL_BATCH)]
 
 
-def _load(settings: TrainSettings, initial: AdapterConfig | None) -> ImageExamples[Any]:
-    if settings.multi_label:
-        return load_image_label_sets(settings, initial)
-    return load_image_classify_data(settings, initial)
-
-
-IMAGE_CLASSIFY = TaskKind(load=_load, build=ImageClassifyTask, takes_images=True)
+IMAGE_CLASSIFY = TaskKind(load=load_image_classify_data, build=ImageClassifyTask, takes_images=True)

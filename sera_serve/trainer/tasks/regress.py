@@ -13,7 +13,6 @@ from scipy.stats import ConstantInputWarning, pearsonr, spearmanr
 from sklearn.metrics import mean_squared_error
 from torch import Tensor
 
-from adapters_store import AdapterConfig
 from sera_serve.base import FrozenBase
 from sera_serve.trainer.data.labelled import Example, Examples
 from sera_serve.trainer.data.targets import load_numbers
@@ -80,8 +79,4 @@ def regression_metrics(expected: Sequence[float], predicted: Sequence[float]) ->
     return {"pearson": correlations[0], "spearman": correlations[1], "mse": error}
 
 
-def _load(settings: TrainSettings, initial: AdapterConfig | None) -> Examples[Example[float]]:
-    return load_numbers(settings)
-
-
-REGRESS = TaskKind(load=_load, build=RegressTask)
+REGRESS = TaskKind(load=load_numbers, build=RegressTask)

@@ -12,9 +12,8 @@ from sklearn.metrics import accuracy_score
 from torch import Tensor
 from torch.nn import functional
 
-from adapters_store import AdapterConfig
 from sera_serve.base import FrozenBase
-from sera_serve.base.spans import Span, bio_tags, decode_tags, encode_tags, kinds_of, token_ranges
+from sera_serve.base.spans import Span, bio_tags, decode_tags, encode_tags, token_ranges
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer.data.labelled import Example, Examples
 from sera_serve.trainer.data.spans import Marked, load_spans
@@ -136,8 +135,4 @@ def _ranges(row: TextRow[Marked]) -> list[tuple[int, int] | None]:
     return token_ranges(text, row.inputs.offsets)
 
 
-def _load(settings: TrainSettings, initial: AdapterConfig | None) -> Examples[Example[Marked]]:
-    return load_spans(settings, kinds_of(initial.labels or []) if initial is not None else None)
-
-
-TOKEN_CLASSIFY = TaskKind(load=_load, build=TokenClassifyTask)
+TOKEN_CLASSIFY = TaskKind(load=load_spans, build=TokenClassifyTask)
