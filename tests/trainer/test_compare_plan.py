@@ -185,6 +185,11 @@ def test_a_loss_is_better_when_it_is_lower() -> None:
     [
         ({"methods": [{"method": "loar"}]}, "method 'loar' is unknown; choose one of sera"),
         ({"methods": [{"method": "sera", "rnak": 8}]}, "unknown option 'rnak'"),
+        ({"methods": [{"method": "lora", "data": []}]}, "methods.0.data: List should have at least 1 item"),
+        (
+            {"settings": {"learning_rate": 0.01}, "learning_rates": {"ladder": [1e-3], "start": [1e-3]}},
+            "settings: learning_rate is chosen by learning_rates; take one of the two out",
+        ),
         ({"methods": [{"method": "lora", "rank": [8, 8]}]}, "two methods have the name 'lora r=8'"),
         ({"methods": [{"method": "lora", "data": ["three"]}]}, "'three' is not in the plan; it has one, two"),
         ({"methods": [{"method": "sera", "rank": 8, "split": 3}]}, "sera r=8 split=3 on one over tiny: "),

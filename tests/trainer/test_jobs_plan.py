@@ -41,6 +41,7 @@ def test_defaults_jobs_and_flags(tmp_path: Path) -> None:
         ("jobs: [", "is not valid YAML"),
         ("- a", "must hold `defaults:` and `jobs:`"),
         ({"jobs": []}, "jobs must be a list"),
+        ({"jobs": [{"name": "acme/a"}], "defaults": []}, "defaults must hold `option: value` lines"),
         ({"job": []}, "unknown key 'job'; the keys are defaults, together, jobs"),
         ({"jobs": ["acme/a"]}, "job 1 must hold `option: value` lines"),
         ({"jobs": [{"name": "acme/a"}], "together": 0}, "together is 0; it must be a number from 1 to 64"),

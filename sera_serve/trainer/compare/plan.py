@@ -133,6 +133,8 @@ class ComparePlan(BaseModel):
             raise ValueError(f"two methods have the name {min(twice)!r}; give one another name")
         for where, options in self._option_groups():
             _check_options(where, options)
+            if rule is not None and options.get("learning_rate") is not None:
+                raise ValueError(f"{where}: learning_rate is chosen by learning_rates; take one of the two out")
         return self
 
     def _option_groups(self) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -40,7 +40,7 @@ class ComparedMethod(BaseModel):
     blocks: int = Field(4, ge=1)
     reduction_factor: Sizes = 16
     learning_rate: float | None = Field(None, gt=0, le=10)
-    data: list[str] | None = None
+    data: list[str] | None = Field(None, min_length=1)
 
     @field_validator("method")
     @classmethod

@@ -46,7 +46,10 @@ def load_plan(path: Path, flags: Mapping[str, Any] | None = None) -> Plan:
     """
     plan = _read(path)
     given = {name: value for name, value in (flags or {}).items() if value is not None}
-    defaults = check_options(plan.get("defaults") or {}, f"--jobs {path}: defaults", "jobs", TrainSettings.model_fields)
+    defaults = plan.get("defaults")
+    if defaults is None:
+        defaults = {}
+    check_options(defaults, f"--jobs {path}: defaults", "jobs", TrainSettings.model_fields)
     together = plan.get("together", 8)
     if isinstance(together, bool) or not isinstance(together, int) or not 1 <= together <= _MOST_TOGETHER:
         raise _refused(f"--jobs {path}: together is {together!r}; it must be a number from 1 to {_MOST_TOGETHER}")
