@@ -40,7 +40,7 @@ def image_tower(config: Any) -> ImageTower | None:
     """Read the image tower of a model's configuration; None for a base that takes no images.
 
     Raises:
-        InvalidConfiguration: Its images have not three channels. Every image is read as RGB.
+        InvalidConfiguration: Its images do not have three channels. Every image is read as RGB.
     """
     family = config.model_type
     if family not in _PREFIX_TOKENS:

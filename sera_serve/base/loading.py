@@ -46,8 +46,8 @@ def load_base(spec: str, device: str = "cpu", dtype: str = "auto", quantize: Qua
     Raises:
         BaseNotFound: `spec` names nothing that can be loaded.
         InvalidConfiguration: The dtype is unknown, the device is missing, the base's rotary scaling is unsupported, or
-            the base cannot be quantized here. Or the base takes images, and Pillow is not installed, or the images have
-            not three channels, or no `ImageSpec` describes their preprocessing.
+            the base cannot be quantized here. Or the base takes images, and Pillow is not installed, or the images do
+            not have three channels, or no `ImageSpec` describes their preprocessing.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise InvalidConfiguration(f"dtype is {dtype!r}; choose auto, {', '.join(DTYPES)}", param="dtype")
@@ -96,7 +96,7 @@ def base_outline(spec: str, device: str = "cpu", dtype: str = "auto") -> PreTrai
 
     Raises:
         BaseNotFound: `spec` names nothing that has a configuration.
-        InvalidConfiguration: The images of the base have not three channels.
+        InvalidConfiguration: The images of the base do not have three channels.
     """
     try:
         config = AutoConfig.from_pretrained(str(EMBEDDED_FOLDER) if spec == EMBEDDED else spec)

@@ -281,7 +281,7 @@ class FrozenBase:
             (rows, embedding_size), not normalised to length 1.
 
         Raises:
-            UnsupportedTask: The base has not two towers.
+            UnsupportedTask: The base does not have two towers.
         """
         return self.project_text(self.text_pooled(input_ids, attention_mask))
 
@@ -289,7 +289,7 @@ class FrozenBase:
         """The state of each text's end token in a dual base (rows, text width); see `text_embeddings`."""
         if self.kind != "dual":
             raise UnsupportedTask(
-                f"base {self.name!r} embeds texts and images not into one space; serve a CLIP base", param="model"
+                f"base {self.name!r} does not embed texts and images into one space; serve a CLIP base", param="model"
             )
         tower = self.model.get_submodule("text_model")
         return cast(Tensor, tower(input_ids=input_ids, attention_mask=attention_mask).pooler_output)
