@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -37,6 +38,8 @@ from sera_serve.trainer.task_options import (
 
 _ADAPTER_SHAPE = ("rank", "split", "lora_alpha", "target_modules", "train_factors", *PATTERN_OPTIONS)
 _ALLOCATION = ("budget", "budget_warmup", "budget_final")
+# Codecs of domain names, which decode no file.
+_ENCODINGS_OF_NAMES = ("idna", "punycode")
 # Their decoders give halves of surrogate pairs, which no tokenizer takes. The other encodings of Python refuse them.
 _ENCODINGS_OF_HALVES = ("utf-7", "unicode-escape", "raw-unicode-escape")
 # What a run keeps of the adapter that it goes on from.
@@ -332,6 +335,8 @@ class TrainSettings(BaseModel):
             # An encoding of bytes, such as hex, is refused too.
             "\n".encode(value or "utf-8")
             known = codecs.lookup(value or "utf-8").name
+            if known in _ENCODINGS_OF_NAMES:
+                raise LookupError(known)
         except LookupError as error:
             raise ValueError(
                 "it is no encoding of text that Python knows; take one such as utf-8, utf-16, cp1252 or latin1"
@@ -549,7 +554,13 @@ class TrainSettings(BaseModel):
 
     def default_work_dir(self) -> Path:
         """Return the folder for checkpoints of this adapter: by default beside the store, never inside it."""
-        return self.work_dir or self.store.with_name(self.store.name + ".training") / self.name
+        return self.work_dir or self.folder_beside_store / self.name
+
+    @property
+    def folder_beside_store(self) -> Path:
+        """What training keeps of unfinished runs is here, unless `work_dir` is given."""
+        # The store may be given as `.` or `..`. A link to it is not followed.
+        return Path(f"{os.path.abspath(self.store)}.training")  # noqa: PTH100
 
 
 def load_options(config: Path | None, flags: Mapping[str, Any]) -> TrainSettings:

@@ -189,6 +189,7 @@ def test_rows_that_are_no_rows_of_a_format(
         ({"delimiter": ";;"}, "it must be one ASCII character"),
         ({"encoding": "klingon"}, "--encoding 'klingon': it is no encoding of text that Python knows"),
         ({"encoding": "hex"}, "it is no encoding of text that Python knows"),
+        ({"encoding": "IDNA"}, "it is no encoding of text that Python knows"),
     ],
 )
 def test_options_of_formats_that_do_not_fit(options: dict[str, Any], message: str) -> None:

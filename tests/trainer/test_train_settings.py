@@ -143,9 +143,13 @@ def test_missing_options_are_named_together() -> None:
         load_options(None, {"base": "embedded", "name": "a/b", "train": "rows.csv"})
 
 
-def test_where_a_run_is_kept_does_not_name_it() -> None:
+def test_where_a_run_is_kept_does_not_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = TrainSettings(**REQUIRED)
     other = TrainSettings(**(REQUIRED | {"store": "elsewhere", "train": "copy.csv", "work_dir": "w"}))
     assert one.identity() == other.identity()
     assert one.identity() != TrainSettings(**(REQUIRED | {"seed": 1})).identity()
-    assert one.default_work_dir() == Path("store.training/acme/spam")
+    assert one.default_work_dir() == Path("store.training/acme/spam").absolute()
+    monkeypatch.chdir(tmp_path)
+    for store, folder in (("", tmp_path), (".", tmp_path), ("..", tmp_path.parent), ("a/../b/", tmp_path / "b")):
+        beside = one.model_copy(update={"store": Path(store)}).default_work_dir()
+        assert beside == Path(f"{folder}.training/acme/spam")

@@ -73,7 +73,7 @@ def train_jobs(plan: Plan, *, base: FrozenBase | None = None, console: Console |
         raise InvalidConfiguration("--jobs trains in one process; start it without accelerate launch", param="jobs")
     base = usable_base(first, base, shown)
     # Beside the runs' folders, whose names are tenant/name: no tenant's name begins with a dot.
-    work = first.work_dir or first.store.with_name(first.store.name + ".training")
+    work = first.work_dir or first.folder_beside_store
     store = AdapterStore(first.store, create=True)
     records = PublishedJobs(
         work / ".published", store, base.info, resume=first.resume, owns_parent=first.work_dir is None
