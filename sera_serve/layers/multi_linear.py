@@ -109,7 +109,10 @@ class MultiAttachment:
         self._layers: dict[str, MultiLinear] = {}
 
     def set_adapter(self, key: int, layers: Mapping[str, SeraLinear]) -> None:
-        """Let segments with this key use these layers, by the dotted path of the linear layer that each adapts."""
+        """Let segments with this key use these layers, by the dotted path of the linear layer that each adapts.
+
+        Without layers, the key is forgotten.
+        """
         for path in layers.keys() - self._layers.keys():
             wrapped = MultiLinear(self._model.get_submodule(path), self.context)
             replace_module(self._model, path, wrapped)
@@ -119,7 +122,3 @@ class MultiAttachment:
                 wrapped.adapters[key] = layers[path]
             else:
                 wrapped.adapters.pop(key, None)
-
-    def remove_adapter(self, key: int) -> None:
-        """Forget the layers of a key."""
-        self.set_adapter(key, {})

@@ -29,6 +29,7 @@ from transformers import TrainerCallback
 
 from sera_serve.layers import SeraLinear
 from sera_serve.layers.attach import replace_module
+from sera_serve.trainer.checkpoint import copy_tensors
 from sera_serve.trainer.patterns import total_ranks
 
 # AdaLoRA's smoothing of sensitivity and of its deviation.
@@ -197,11 +198,7 @@ class RankAllocator:
 
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state` gave; ValueError if it belongs to other layers."""
-        own = self.state()
-        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in tensors.items()}:
-            raise ValueError("the allocation belongs to another adapter")
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+        copy_tensors(self.state(), tensors)
 
     def compress(self, model: nn.Module) -> None:
         """Replace each layer of `model` by one with the kept units only. A layer without any is detached."""

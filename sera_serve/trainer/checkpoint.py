@@ -130,6 +130,18 @@ def _flat(state: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Ten
             yield prefix + key, torch.as_tensor(value)
 
 
+def copy_tensors(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Copy saved values into the tensors of the same names; raise ValueError if names or shapes differ."""
+    if _shapes(own) != _shapes(saved):
+        raise ValueError("the tensors belong to another adapter")
+    for name, tensor in own.items():
+        tensor.copy_(saved[name])
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
 def load_part(checkpoint: Path, part: str = "adapter") -> dict[str, Tensor]:
     """Load the tensors of a part of a checkpoint, on the CPU; empty if it has no such part."""
     tensors = load_file(checkpoint / _TENSORS)
@@ -207,12 +219,12 @@ def _checkpoints(run_dir: Path) -> list[Path]:
 def _fault(checkpoint: Path, expected: Mapping[str, Tensor]) -> str | None:
     """Why no run can go on from a checkpoint, or None if it can."""
     try:
-        shapes = {name: tensor.shape for name, tensor in load_part(checkpoint).items()}
+        shapes = _shapes(load_part(checkpoint))
         _read_json(checkpoint / _EXTRA)
         best = _best(checkpoint)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         return f"it cannot be read ({error})"
-    if shapes != {name: tensor.shape for name, tensor in expected.items()}:
+    if shapes != _shapes(expected):
         return "its tensors are those of another adapter"
     if best is None or best == checkpoint:
         return None

@@ -40,8 +40,6 @@ from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.task_options import LOWER_IS_BETTER
 from sera_serve.trainer.tasks import TrainingTask
 
-ALONE = Processes()
-
 
 class OneDeviceArguments(TrainingArguments):  # type: ignore[misc]
     """transformers' arguments for one device a process, however many GPUs the machine has.
@@ -60,12 +58,13 @@ def training_arguments(
     run_dir: Path,
     *,
     evaluates: bool,
-    processes: Processes = ALONE,
-    leaves_out: bool | None = None,
+    processes: Processes,
+    leaves_out: bool | None,
 ) -> TrainingArguments:
     """Translate `settings` into transformers' arguments, without reports to any service.
 
-    `leaves_out`, of several processes, is whether a step may leave parameters out; see `may_leave_out`.
+    `leaves_out`, of several processes, is whether a step may leave parameters out; see `may_leave_out`. It is None of
+    one process.
     """
     metric = settings.best_metric
     return OneDeviceArguments(
@@ -125,7 +124,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
         settings: TrainSettings,
         run_dir: Path,
         callbacks: list[TrainerCallback],
-        processes: Processes = ALONE,
+        processes: Processes,
     ) -> None:
         self.processes = processes
         self.task = task

@@ -14,6 +14,7 @@ from sera_serve.base.rotary import row_lengths
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import adapter_tensors, attached_layers
 from sera_serve.trainer.activations import mark_training
+from sera_serve.trainer.checkpoint import copy_tensors
 
 IGNORED = -100
 _HEAD_STD = 0.02
@@ -59,11 +60,7 @@ class AdapterModel(nn.Module):
 
     def load_stored_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy the values of `tensors` into the adapter; raise ValueError if names or shapes differ."""
-        own = self.stored_tensors()
-        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in tensors.items()}:
-            raise ValueError("the tensors belong to another adapter")
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
+        copy_tensors(self.stored_tensors(), tensors)
 
 
 def new_head(base: FrozenBase, num_labels: int) -> nn.Linear:

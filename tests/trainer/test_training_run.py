@@ -15,6 +15,7 @@ from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import attached_layers, count_adapter_parameters
 from sera_serve.trainer.data.targets import load_classify_data
 from sera_serve.trainer.loop import training_arguments
+from sera_serve.trainer.parallel import Processes
 from sera_serve.trainer.run import TrainingFailed, train_adapter
 from sera_serve.trainer.tasks import ClassifyTask
 from support.factories import encoded
@@ -36,7 +37,7 @@ def test_a_process_trains_on_one_gpu_however_many_it_sees(
 ) -> None:
     monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: seen))
     settings = settings_for(Path("tiny"), tmp_path, rows, batch_size=16)
-    arguments = training_arguments(settings, tmp_path, evaluates=False)
+    arguments = training_arguments(settings, tmp_path, evaluates=False, processes=Processes(), leaves_out=None)
     assert (arguments.n_gpu, arguments.train_batch_size) == (min(seen, 1), 16)
 
 

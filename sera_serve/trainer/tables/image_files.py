@@ -171,11 +171,6 @@ class ImageStore:
     def __len__(self) -> int:
         return len(self._places)
 
-    @property
-    def cached_bytes(self) -> int:
-        """Memory of the decoded images that are kept."""
-        return sum(pixels.nbytes for pixels in self._cache.values())
-
     def add(self, source: ImageSource, name: str, data: bytes | None = None) -> str:
         """Read and decode an image, and return the digest that names it from now on.
 

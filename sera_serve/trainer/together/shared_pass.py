@@ -109,7 +109,7 @@ class SharedPass:
 
     def forget(self, key: int) -> None:
         """Let go of the layers of a run that has ended."""
-        self._attachment.remove_adapter(key)
+        self._attachment.set_adapter(key, {})
 
     def _draw_unused(self, batch: Batch) -> None:
         """Draw the random numbers that a pass of the batch's own would draw for layers that no result depends on."""
