@@ -34,8 +34,9 @@ from rich.progress import track
 from rich.table import Table
 from transformers import ViTConfig, ViTModel
 
-from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, ModuleSpec, expected_shapes
+from adapters_store import AdapterBundle, AdapterStore
 from benchmarks.last_line import tell
+from benchmarks.random_classifiers import RANK, random_classifier
 from benchmarks.system_process import System, SystemProcess
 from sera_serve.base import FrozenBase, ImageInput, decode_image, freeze_base, merge_adapter, to_pixels
 from sera_serve.config import ServeSettings
@@ -49,12 +50,11 @@ Vectors = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class ViTSetting:
-    """What all systems share: the shape of the ViT, and the adapters' rank."""
+    """What all systems share: the shape of the ViT."""
 
     layers: int
     image_size: int
     width: int = 192
-    rank: int = 16
 
     def base(self) -> FrozenBase:
         """A ViT with random weights."""
@@ -70,27 +70,6 @@ class ViTSetting:
         )
         return freeze_base(ViTModel(config, add_pooling_layer=False), None, "random-vit", "vision")
 
-    def adapter(self, base: FrozenBase, seed: int) -> AdapterBundle:
-        """A classifier with random factors on query and value."""
-        generator = torch.Generator().manual_seed(seed)
-        shape = {"rank": self.rank, "split": self.rank, "use_mixer": True, "scaling": 1.0}
-        modules = {
-            path: ModuleSpec.model_validate({"d_in": d_in, "d_out": d_out, **shape})
-            for path, (d_in, d_out) in base.module_shapes().items()
-            if path.endswith(TARGETS)
-        }
-        config = AdapterConfig(
-            task="image-classify",
-            method="sera",
-            base=base.info,
-            modules=modules,
-            labels=["no", "yes"],
-            pooling="cls",
-            image=base.image_spec,
-        )
-        shapes = expected_shapes(config).items()
-        return AdapterBundle(config, {name: torch.randn(size, generator=generator) / 8 for name, size in shapes})
-
     def files(self) -> list[bytes]:
         """JPEG files of smooth noise, one and a half times as large as the base's images."""
         side, generator = self.image_size * 3 // 2, np.random.default_rng(0)
@@ -101,6 +80,11 @@ class ViTSetting:
             small.resize((side, side)).save(buffer, "JPEG", quality=90)
             files.append(buffer.getvalue())
         return files
+
+
+def adapter(base: FrozenBase, seed: int) -> AdapterBundle:
+    """A classifier of images with factors large enough to be seen in the vectors."""
+    return random_classifier(base, seed, ["no", "yes"], TARGETS, "cls", deviation=1 / 8)
 
 
 def pixels(base: FrozenBase, files: list[bytes]) -> torch.Tensor:
@@ -129,7 +113,7 @@ def served(setting: ViTSetting) -> System:
     store = AdapterStore(Path(folder.name) / "store")
     names = [f"bench/a{seed}" for seed in range(IMAGES)]
     for seed, name in enumerate(names):
-        store.publish(setting.adapter(base, seed), name)
+        store.publish(adapter(base, seed), name)
     settings = ServeSettings(
         store=store.root, pool_mib=64, max_batch_tokens=IMAGES * tower.tokens, classify_max_batch=IMAGES
     )
@@ -168,7 +152,7 @@ def plain(setting: ViTSetting) -> System:
 
     def merged(seed: int) -> Vectors:
         one = replace(base, model=copy.deepcopy(base.model))
-        merge_adapter(one, setting.adapter(base, seed))
+        merge_adapter(one, adapter(base, seed))
         return run(one)
 
     return timed(
@@ -180,7 +164,7 @@ def peft(setting: ViTSetting) -> System:
     """16 LoRA adapters of the same rank and targets: PEFT's mixed batch, and one adapter at a time."""
     base = setting.base()
     files = setting.files()
-    config = LoraConfig(r=setting.rank, lora_alpha=setting.rank, target_modules=[*TARGETS], init_lora_weights=False)
+    config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=[*TARGETS], init_lora_weights=False)
     names = [f"a{index}" for index in range(IMAGES)]
     model = get_peft_model(base.share_weights().model, config, adapter_name=names[0])
     for name in names[1:]:
