@@ -28,6 +28,7 @@ from sera_serve.trainer.task_options import Task
 # Types of flags whose fields have a wider type.
 _FLAG_TYPES: dict[str, Any] = dict.fromkeys(("target_modules", "train_factors", *PATTERN_OPTIONS), str)
 _WIDEST_CHOICE = 20
+_GOES_ON = "the same command continues from the last checkpoint"
 
 
 def main() -> None:
@@ -203,7 +204,7 @@ def run(settings: TrainSettings, *, as_json: bool, dry: bool = False) -> None:
     # A small base loads at once, so a progress bar would only clutter the terminal.
     disable_progress_bar()
     progress = PlainConsole(stderr=True)
-    with _told(settings.store):
+    with _told(settings.store, "nothing was written" if dry else _GOES_ON):
         result: TrainResult | DryRun = (dry_run if dry else train_adapter)(settings, console=progress)
     processes = join_processes(settings.device)
     if processes.is_main:
@@ -246,8 +247,8 @@ def _run_jobs(path: Path, config: Path | None, flags: dict[str, Any], *, as_json
 
 
 @contextmanager
-def _told(store: Path) -> Iterator[None]:
-    """End the command with a message where the training in the block fails or is interrupted."""
+def _told(store: Path, stopped: str = _GOES_ON) -> Iterator[None]:
+    """End the command with a message where the work in the block fails, or is interrupted: then `stopped`."""
     try:
         yield
     except (SeraServeError, StoreError) as error:
@@ -255,7 +256,7 @@ def _told(store: Path) -> Iterator[None]:
     except OSError as error:
         fail("train_adapter", f"{error.filename or store}: {error.strerror or error}", 1)
     except KeyboardInterrupt:
-        fail("train_adapter", "stopped; the same command continues from the last checkpoint", 130)
+        fail("train_adapter", f"stopped; {stopped}", 130)
 
 
 def _summarise(settings: TrainSettings, result: Any) -> None:

@@ -220,3 +220,22 @@ def test_the_command(
             "nothing",
         ):
             assert text in out
+
+
+@pytest.mark.parametrize(
+    ("option", "said"), [([], "continues from the last checkpoint"), (["--dry-run"], "stopped; nothing was written")]
+)
+def test_what_is_left_after_ctrl_c(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, option: list[str], said: str
+) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("run.train_adapter", "dry_run.dry_run"):
+        monkeypatch.setattr(f"sera_serve.trainer.{name}", interrupted)
+    arguments = ["--base", "embedded", "--store", str(tmp_path), "--name", "acme/tiny", "--task", "classify"]
+    monkeypatch.setattr(sys, "argv", ["train_adapter", *arguments, "--train", "rows.csv", *option])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 130
+    assert said in capsys.readouterr().err
