@@ -33,16 +33,6 @@ Translation = Callable[[], AbstractContextManager[None]]
 """Turns the errors of a block into those of an interface."""
 
 
-def within(translation: Translation, admit: Admit) -> Admit:
-    """Return `admit` with its errors translated."""
-
-    async def translated(submitted: Submitted) -> Sequence[GenerationStream]:
-        with translation():
-            return await admit(submitted)
-
-    return translated
-
-
 def encode_event(content: dict[str, Any]) -> bytes:
     """Encode one event. Its JSON has no line breaks, so the event is one `data:` line."""
     return b"data: " + pydantic_core.to_json(content) + b"\n\n"
@@ -136,7 +126,7 @@ class EventStream(EventResponse):
             admit: Sends the request to the engine. Called once.
             writer: Writes the events.
             account: Counts the tokens at the end.
-            translation: Names the failures of generations that are read as the interface does.
+            translation: Turns refusals and failures of the generations into those of the interface.
         """
         super().__init__()
         self._admit = admit
@@ -147,20 +137,21 @@ class EventStream(EventResponse):
     async def events(self, scope: Scope) -> AsyncGenerator[bytes]:
         """Yield the events of the generations, from their admission on."""
         writer = self._writer
-        async with admitted(self._admit, self._account) as streams:
+        async with admitted(self._admit, self._account, self._translation) as streams:
             # The status is sent now.
             yield b""
             try:
                 yield writer.begin(streams)
-                async with aclosing(self._deltas(streams)) as deltas:
-                    async for index, delta in deltas:
-                        stream = streams[index]
-                        if delta is None:
-                            result = result_of(stream)
-                            self._account.count_generation(stream)
-                            yield writer.final(index, stream, result)
-                        elif delta.text or delta.token_ids:
-                            yield writer.delta(index, stream, delta)
+                with self._translation():
+                    async with aclosing(merged(streams)) as deltas:
+                        async for index, delta in deltas:
+                            stream = streams[index]
+                            if delta is None:
+                                result = result_of(stream)
+                                self._account.count_generation(stream)
+                                yield writer.final(index, stream, result)
+                            elif delta.text or delta.token_ids:
+                                yield writer.delta(index, stream, delta)
                 last = writer.end(streams)
             except Exception as error:  # noqa: BLE001 - the status 200 is sent already: the error becomes an event and a log line
                 error_status, content, _ = describe(error, scope["state"]["request_id"])
@@ -170,27 +161,40 @@ class EventStream(EventResponse):
             self._ended = True
             yield last
 
-    async def _deltas(self, streams: Sequence[GenerationStream]) -> AsyncGenerator[tuple[int, TokenDelta | None]]:
-        with self._translation():
-            async with aclosing(merged(streams)) as deltas:
-                async for each in deltas:
-                    yield each
-
 
 @asynccontextmanager
-async def admitted(admit: Admit, account: Account) -> AsyncIterator[Sequence[GenerationStream]]:
-    """Admit a request, and close its streams at the end of the block.
+async def admitted(
+    admit: Admit, account: Account, translation: Translation = nullcontext
+) -> AsyncIterator[Sequence[GenerationStream]]:
+    """Admit a request, and close its streams at the end of the block. `translation` applies to the block too.
 
-    What they used is counted and charged then, also where the call fails after it was submitted.
+    What the streams used is counted and charged then, also where the call fails after it was submitted.
     """
     streams: Sequence[GenerationStream] = ()
     try:
-        with account.computing():
+        with translation(), account.computing():
             streams = await admit(account.submitted)
             yield streams
     finally:
         # To its end: a client that leaves once it has the last event cancels this block.
         await asyncio.shield(asyncio.ensure_future(measured_with_request(_close_all(streams))))
+
+
+async def collect(
+    admit: Admit, account: Account, take: Callable[[int, TokenDelta], None] | None = None
+) -> tuple[Sequence[GenerationStream], list[GenerationResult]]:
+    """Admit a request, and read all of its streams to their ends.
+
+    Args:
+        admit: Sends the request to the engine.
+        account: Counts.
+        take: Called with each delta and the index of its stream.
+    """
+    async with admitted(admit, account) as streams, aclosing(merged(streams)) as deltas:
+        async for index, delta in deltas:
+            if take is not None and delta is not None:
+                take(index, delta)
+    return streams, [result_of(stream) for stream in streams]
 
 
 async def merged(streams: Sequence[GenerationStream]) -> AsyncGenerator[tuple[int, TokenDelta | None]]:

@@ -19,7 +19,18 @@ from support import stub_engine
 from support.answers import refused
 from support.factories import random_decoder
 from support.live_server import wait_until
-from support.stub_engine import CRASHES, CRASHES_LATER, FAILS_LATER, FLOODING, LATE, SECRET, SLOW, TEXTS, TOO_LONG
+from support.stub_engine import (
+    CRASHES,
+    CRASHES_LATER,
+    FAILS_LATER,
+    FLOODING,
+    GONE_LATER,
+    LATE,
+    SECRET,
+    SLOW,
+    TEXTS,
+    TOO_LONG,
+)
 from support.stub_engine import StubEngine as Stub
 
 # A message that is a behaviour's name alone selects the behaviour.
@@ -275,7 +286,10 @@ def test_an_answer_that_is_cut_is_incomplete(client: httpx.Client, monkeypatch: 
     assert done["item"]["status"] == "incomplete" and last["type"] == "response.incomplete"
 
 
-@pytest.mark.parametrize(("text", "code"), [(FAILS_LATER, "engine_unavailable"), (CRASHES_LATER, "internal_error")])
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [(FAILS_LATER, "engine_unavailable"), (CRASHES_LATER, "internal_error"), (GONE_LATER, "model_not_found")],
+)
 def test_a_failure_is_the_last_event(client: httpx.Client, text: str, code: str) -> None:
     *_, delta, last = events(ask(client, input=text, stream=True))
     assert (delta["type"], last["type"]) == ("response.output_text.delta", "response.failed")

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import numpy as np
 
 from adapters_store import AdapterBundle, AdapterConfig, PeftFiles, check_base
+from adapters_store.errors import AdapterNotFound
 from sera_serve.base import FrozenBase, Pooling, Span, import_base
 from sera_serve.engine import (
     AdapterActivity,
@@ -50,6 +51,7 @@ from sera_serve.residency.import_probe import import_checkpoint
     LONG,
     FAILS_LATER,
     CRASHES_LATER,
+    GONE_LATER,
     TOO_LONG,
     OVERLOADED,
     CRASHES,
@@ -64,6 +66,7 @@ from sera_serve.residency.import_probe import import_checkpoint
     "long",
     "fails later",
     "crashes later",
+    "gone later",
     "too long",
     "overloaded",
     "crashes",
@@ -134,6 +137,8 @@ class StubStream:
                 raise EngineUnavailable("generation failed; the request may be sent again")
             if self._prompt == LATE_LATER:
                 raise DeadlineExceeded("timeout_s ran out", param="timeout_s")
+            if self._prompt == GONE_LATER:
+                raise AdapterNotFound("adapter 'demo/writer' was deleted", param="adapter")
             if self._prompt == CRASHES_LATER:
                 raise RuntimeError(SECRET)
         self.result = GenerationResult(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import aclosing
 from functools import partial
 
 from fastapi import APIRouter, Response
@@ -26,7 +25,7 @@ from sera_serve.server.native.schemas import (
     pieces_of_each,
 )
 from sera_serve.server.openapi import stream_of
-from sera_serve.server.sse import Admit, EventStream, admitted, merged, result_of
+from sera_serve.server.sse import Admit, EventStream, collect
 from sera_serve.server.strict import StrictRoute
 
 router = APIRouter(route_class=StrictRoute, tags=["inference"])
@@ -49,11 +48,7 @@ async def generate(body: GenerateRequest, context: ContextOf) -> Response:
 
 
 async def _complete(admit: Admit, params: GenerateParams, account: Account, write: Write) -> bytes:
-    async with admitted(admit, account) as streams:
-        async with aclosing(merged(streams)) as deltas:
-            async for _ in deltas:
-                pass
-        results = [result_of(stream) for stream in streams]
+    _, results = await collect(admit, account)
     return await write(answer_pieces(results, params))
 
 

@@ -9,23 +9,19 @@ from __future__ import annotations
 import codecs
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
 import pydantic_core
 from fastapi import Response
 
-from sera_serve.engine import BASE_TENANT, GenerationResult, GenerationStream, Principal, TokenDelta, TokenLogprobs
+from sera_serve.engine import BASE_TENANT, GenerationResult, GenerationStream, Principal, TokenLogprobs
 from sera_serve.random_bytes import random_hex
-from sera_serve.server.accounting import Account
 from sera_serve.server.long_answers import Write
-from sera_serve.server.openai.errors import translated_errors
 from sera_serve.server.openai.fields import GenerationFields
 from sera_serve.server.openai.token_texts import TokenTexts
-from sera_serve.server.sse import Admit, EventWriter, admitted, encode_event, merged, result_of, within
+from sera_serve.server.sse import EventWriter, encode_event
 
 # JSON has no infinity. OpenAI's API gives this number to tokens that are as good as impossible.
 _LEAST_LOGPROB = -9999.0
@@ -124,29 +120,6 @@ def usage(results: Sequence[GenerationResult], choices: int, principal: Principa
         cached = sum(min(result.cached_tokens for result in group) for group in prompts)
         content["prompt_tokens_details"] = {"cached_tokens": cached}
     return content
-
-
-def translated(admit: Admit, prompt: str) -> Admit:
-    """Return `admit` with the refusals of this interface. The field `prompt` holds the prompt."""
-    return within(partial(translated_errors, prompt), admit)
-
-
-async def collect(
-    admit: Admit, account: Account, take: Callable[[int, TokenDelta], None]
-) -> tuple[Sequence[GenerationStream], list[GenerationResult]]:
-    """Admit a request, and read all of its streams to their ends.
-
-    Args:
-        admit: Sends the request to the engine.
-        account: Counts.
-        take: Called with each delta and the index of its stream.
-    """
-    async with admitted(admit, account) as streams, aclosing(merged(streams)) as deltas:
-        with translated_errors():
-            async for index, delta in deltas:
-                if delta is not None:
-                    take(index, delta)
-    return streams, [result_of(stream) for stream in streams]
 
 
 class ChoiceAnswer:

@@ -17,10 +17,8 @@ from sera_serve.server.openai.answers import (
     ChoiceAnswer,
     ChoiceEvents,
     Head,
-    collect,
     pieces_with_logprobs,
     to_json,
-    translated,
     with_member,
 )
 from sera_serve.server.openai.chat_schemas import ChatCompletion, ChatRequest
@@ -28,9 +26,12 @@ from sera_serve.server.openai.errors import OpenAIRoute, translated_errors
 from sera_serve.server.openai.texts import ChatPrompt, Conversation, Texts, TextsOf, adapter_of
 from sera_serve.server.openai.tool_calls import Call, ToolCallParser, constraint_of_calls, parser_of_calls
 from sera_serve.server.openapi import stream_of
-from sera_serve.server.sse import Admit, EventStream
+from sera_serve.server.sse import Admit, EventStream, collect
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
+
+# The field that holds the prompt is called messages here.
+_translated = partial(translated_errors, "messages")
 
 
 @router.post(
@@ -62,12 +63,13 @@ async def chat_completions(body: ChatRequest, context: ContextOf, texts: TextsOf
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         constraint=constraint_of_calls(body, prompt.template.call_format),
     )
-    admit = translated(partial(context.engine.generate_choices, params, principal, context.received_at), "messages")
+    admit = partial(context.engine.generate_choices, params, principal, context.received_at)
     head = Head.of("chatcmpl", body.model, context.engine.base.name)
     answer = ChatAnswer(body, head, principal, prompt, texts)
     if body.stream:
-        return EventStream(admit, ChatEvents(answer), account, translated_errors)
-    return await context.finish(_complete(answer, admit, account, context.written))
+        return EventStream(admit, ChatEvents(answer), account, _translated)
+    with _translated():
+        return await context.finish(_complete(answer, admit, account, context.written))
 
 
 class ChatAnswer(ChoiceAnswer):

@@ -18,16 +18,14 @@ from sera_serve.server.openai.answers import (
     ChoiceEvents,
     CompletionLogprobLists,
     Head,
-    collect,
     pieces_with_logprobs,
     to_json,
-    translated,
 )
 from sera_serve.server.openai.completion_schemas import Completion, CompletionRequest, Prompt
 from sera_serve.server.openai.errors import OpenAIRoute, translated_errors
 from sera_serve.server.openai.texts import Texts, TextsOf, adapter_of, check_token_count
 from sera_serve.server.openapi import stream_of
-from sera_serve.server.sse import Admit, EventStream
+from sera_serve.server.sse import Admit, EventStream, collect
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
 
@@ -56,7 +54,7 @@ async def completions(body: CompletionRequest, context: ContextOf, texts: TextsO
         )
         for prompt in body.prompt
     ]
-    admit = translated(partial(context.engine.generate_prompts, params, principal, context.received_at), "prompt")
+    admit = partial(context.engine.generate_prompts, params, principal, context.received_at)
     echoed: list[str] = []
     if echo:
         for place, prompt in _places(body.prompt):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,13 +15,13 @@ from sera_serve.random_bytes import random_hex
 from sera_serve.server.accounting import Account
 from sera_serve.server.deps import ContextOf
 from sera_serve.server.errors import renamed_fields
-from sera_serve.server.openai.answers import ChatLogprobList, collect, to_json, translated, usage, with_member
-from sera_serve.server.openai.errors import OpenAIRoute
+from sera_serve.server.openai.answers import ChatLogprobList, to_json, usage, with_member
+from sera_serve.server.openai.errors import OpenAIRoute, translated_errors
 from sera_serve.server.openai.response_schemas import ResponseObject, ResponseRequest
 from sera_serve.server.openai.texts import ChatPrompt, Conversation, Texts, TextsOf, adapter_of
 from sera_serve.server.openai.tool_calls import Call, constraint_of_calls, parser_of_calls
 from sera_serve.server.openapi import stream_of
-from sera_serve.server.sse import Admit, EventStream, EventWriter, within
+from sera_serve.server.sse import Admit, EventStream, EventWriter, collect
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
 
@@ -53,7 +54,7 @@ async def responses(body: ResponseRequest, context: ContextOf, texts: TextsOf) -
     conversation = Conversation(
         messages=body.messages(), tools=tools if body.has_tools else (), variables=body.chat_template_kwargs
     )
-    with renamed_fields(_NAMES):
+    with _translated():
         work = texts.executor.run_in_turn(principal.tenant, texts.chat_prompt, conversation, adapter, "generate")
         prompt = await context.finish(work)
         constraint = constraint_of_calls(body, prompt.template.call_format)
@@ -67,12 +68,19 @@ async def responses(body: ResponseRequest, context: ContextOf, texts: TextsOf) -
         logprobs=(body.top_logprobs or 0) if body.has_logprobs else None,
         constraint=constraint,
     )
-    admit = translated(partial(context.engine.generate_choices, params, principal, context.received_at), "input")
+    admit = partial(context.engine.generate_choices, params, principal, context.received_at)
     answer = ResponseAnswer(body, principal, prompt, texts, context.engine.base.name)
     if body.stream:
-        return EventStream(within(partial(renamed_fields, _NAMES), admit), ResponseEvents(answer), account)
-    with renamed_fields(_NAMES):
+        return EventStream(admit, ResponseEvents(answer), account, _translated)
+    with _translated():
         return await context.finish(_complete(answer, admit, account))
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Turn refusals of the engine and the store into those of this interface, with the names of this route."""
+    with renamed_fields(_NAMES), translated_errors():
+        yield
 
 
 class Output:
