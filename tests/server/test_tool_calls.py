@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -89,6 +90,16 @@ def test_pieces_give_what_the_whole_gives(data: st.DataObject) -> None:
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
     pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     assert parse(form, pieces) == parse(form, [text])
+
+
+def test_a_whole_text_takes_no_longer_than_its_pieces() -> None:
+    pieces = [f"<tool_call>{TIME}</tool_call>"] * 24_000
+    spent = []
+    for texts in (pieces, ["".join(pieces)]):
+        began = time.process_time()
+        assert len(parse("hermes", texts)[1]) == len(pieces)
+        spent.append(time.process_time() - began)
+    assert spent[1] < 2 * spent[0]
 
 
 @pytest.mark.parametrize("value", [r'"\ud800"', "NaN", "-Infinity", "1e999", '{"a": 1, "a": 2}'])
