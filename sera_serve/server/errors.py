@@ -101,8 +101,12 @@ def error_content(status: int, message: str, code: str, param: str | None = None
 
 
 @contextmanager
-def renamed_fields(names: Mapping[str, str]) -> Iterator[None]:
-    """Name the fields of refusals as a route does. `names` has the route's names by those of the shared code."""
+def renamed_fields(names: Mapping[str, str | None]) -> Iterator[None]:
+    """Name the fields of refusals as a route does.
+
+    Args:
+        names: The route's own names by those of the shared code; None stands for a field that the route does not have.
+    """
     try:
         yield
     except (SeraServeError, StoreError) as error:

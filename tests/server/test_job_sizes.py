@@ -56,7 +56,11 @@ def engine(base: FrozenBase, store: AdapterStore) -> ServingEngine:
 def client(engine: ServingEngine, store: AdapterStore) -> Iterator[openai.OpenAI]:
     # The jobs wait: no process is started.
     settings = engine.settings.model_copy(
-        update={"max_training_jobs": 0, "max_upload_mib": 1, "quotas": {"thrifty": {"bytes": 1000}}}
+        update={
+            "max_training_jobs": 0,
+            "max_upload_mib": 1,
+            "quotas": {"thrifty": {"bytes": 1000}, "full": {"adapters": 0}},
+        }
     )
     with (
         live_server(build_app(engine, store, settings)) as url,
@@ -130,7 +134,10 @@ def test_an_adapter_that_no_job_can_go_on_from(
 
 def test_quotas_are_asked_for_the_size_that_the_adapter_will_have(client: openai.OpenAI, base: FrozenBase) -> None:
     error = refusal(client, STORIES, base.name, tenant="thrifty", rank=8)
-    assert (error.status_code, error.code) == (403, "quota_exceeded") and "bytes" in error.message
+    assert (error.status_code, error.code, error.param) == (403, "quota_exceeded", "adapter.rank")
+    assert "bytes" in error.message
+    error = refusal(client, STORIES, base.name, tenant="full")
+    assert (error.status_code, error.code, error.param) == (403, "quota_exceeded", None)
     made = client.fine_tuning.jobs.create(model="acme/small", training_file=upload(client, STORIES))
     assert made.status == "validating_files"
 

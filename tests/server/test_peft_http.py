@@ -101,7 +101,8 @@ def root(tmp_path_factory: pytest.TempPathFactory, checkpoint: Path, writer: Ada
 @pytest.fixture(scope="module")
 def loading(base: FrozenBase, root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     store = AdapterStore(tmp_path_factory.mktemp("loading") / "store")
-    app = build_app(StubEngine(base), store, ServeSettings(store=store.root, lora_path_root=root))
+    settings = ServeSettings(store=store.root, lora_path_root=root, quotas={"full": {"bytes": 0}})
+    app = build_app(StubEngine(base), store, settings)
     with live_server(app) as url, httpx.Client(base_url=url, timeout=10) as client:
         yield client
 
@@ -122,6 +123,16 @@ def test_load_and_unload(loading: httpx.Client, root: Path) -> None:
     refused(
         loading.post("/v1/unload_lora_adapter", json={"lora_name": "acme/one", "lora_int_id": 3}), 422, "invalid_value"
     )
+
+
+def test_what_is_wrong_with_the_adapter_is_said_of_its_path(loading: httpx.Client, root: Path) -> None:
+    (root / "cut.zip").write_bytes(b"PK\x03\x04" + bytes(100))
+    for name, path, status, code in (
+        ("acme/cut", "cut.zip", 422, "truncated"),
+        ("full/one", "team/adapter", 403, "quota_exceeded"),
+    ):
+        answer = loading.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path})
+        assert refused(answer, status, code)["param"] == "lora_path"
 
 
 def test_zeros_in_an_archive_are_refused_by_their_shape(loading: httpx.Client, checkpoint: Path) -> None:

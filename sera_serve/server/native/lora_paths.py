@@ -19,8 +19,8 @@ from sera_serve.server.native.schemas import DeletedAdapter, LoadLoraRequest, Pu
 from sera_serve.server.publishing import read_source
 from sera_serve.server.strict import StrictRoute
 
-# What both routes call the adapter's name: keys and the store call it adapter, quotas name.
-_NAMES = {"adapter": "lora_name", "name": "lora_name"}
+# Fields of the shared code by their names in these routes.
+_NAMES = {"adapter": "lora_name", "name": "lora_name", "bundle": "lora_path"}
 # Characters of a client's path in an error.
 _SHOWN = 512
 
@@ -57,7 +57,7 @@ async def load_lora_adapter(body: LoadLoraRequest, context: ContextOf) -> Publis
     root = _root(context.settings.lora_path_root)
     with renamed_fields(_NAMES):
         context.caller.check_publish(body.lora_name)
-    return await context.run(context.executors.publishing, _load, body, root, context)
+        return await context.run(context.executors.publishing, _load, body, root, context)
 
 
 @router.post("/v1/unload_lora_adapter")
@@ -100,8 +100,7 @@ def _load(body: LoadLoraRequest, root: Path, context: RequestContext) -> Publish
     limits = BundleLimits(max_bytes=context.settings.max_upload_mib << 20)
     bundle, warnings = context.publisher.checked(read_source(path, limits, Path(within)))
     _check_new(body, bundle, context.store)
-    with renamed_fields(_NAMES):
-        published = context.publisher.publish(bundle, body.lora_name, context.caller.actor)
+    published = context.publisher.publish(bundle, body.lora_name, context.caller.actor)
     return PublishedAdapter.of(published, warnings)
 
 

@@ -20,6 +20,7 @@ from sera_serve.jobs.rows import TASK_OF, RowKind
 from sera_serve.jobs.spec import BYTES_A_NUMBER, KEPT, SHAPE, auto_batch_size, auto_epochs, check_spec, method_of
 from sera_serve.server.auth import Caller, NotYourTenant
 from sera_serve.server.deps import ContextOf, RequestContext
+from sera_serve.server.errors import renamed_fields
 from sera_serve.server.openai.errors import InvalidOpenAIRequest, OpenAIRoute
 from sera_serve.server.openai.fine_tuning_schemas import (
     AdapterRequest,
@@ -221,9 +222,7 @@ def _create(body: CreateJobRequest, init_from: str | None, context: RequestConte
     spec = _spec(body, shape, adapter, kind, train.rows, exact, initial)
     planned = check_spec(spec, engine.base.info, engine.base.module_shapes(), train.labels, initial)
     # A job must not train for hours what is then refused.
-    _check_servable(planned, initial is not None, engine, context.settings.max_upload_mib << 20)
-    planned_tensors = [(name, "F32", shape) for name, shape in expected_shapes(planned).items()]
-    context.holdings.check_publish(spec.adapter, "", file_bytes(planned, planned_tensors))
+    _check_servable(adapter, planned, initial is not None, context)
     key_id = None if caller.key is None else caller.key.id
     job = training.jobs.create(
         job_id,
@@ -239,16 +238,16 @@ def _create(body: CreateJobRequest, init_from: str | None, context: RequestConte
     return job
 
 
-def _check_servable(planned: AdapterConfig, goes_on: bool, engine: ServingEngine, max_bundle_bytes: int) -> None:
+def _check_servable(adapter: str, planned: AdapterConfig, goes_on: bool, context: RequestContext) -> None:
     """Refuse an adapter that this server could not serve, or not store, by the field of the body that decides it."""
     field, remedy = "adapter.rank", "send a smaller adapter.rank, or fewer adapter.target_modules"
     if goes_on:
         field, remedy = "model", "send a smaller adapter as model"
     elif 2 * planned.head_parameters > planned.parameters:
         field, remedy = "training_file", "send rows with fewer labels"
-    nbytes = planned.parameters * BYTES_A_NUMBER
+    nbytes, max_bundle_bytes = planned.parameters * BYTES_A_NUMBER, context.settings.max_upload_mib << 20
     try:
-        engine.check_config(planned)
+        context.engine.check_config(planned)
         if nbytes > max_bundle_bytes:
             raise AdapterTooLarge(
                 f"the adapter takes {nbytes} bytes, a bundle may have {max_bundle_bytes}; raise max_upload_mib"
@@ -259,6 +258,10 @@ def _check_servable(planned: AdapterConfig, goes_on: bool, engine: ServingEngine
         raise
     except InvalidBundle as error:
         raise InvalidOpenAIRequest(error.message, param=field, code=error.code) from error
+    tensors = [(name, "F32", shape) for name, shape in expected_shapes(planned).items()]
+    # No field decides how many adapters there are.
+    with renamed_fields({"bundle": field, "name": None}):
+        context.holdings.check_publish(adapter, "", file_bytes(planned, tensors))
 
 
 def _tenant(shape: AdapterRequest, caller: Caller) -> str:
