@@ -38,6 +38,26 @@ def run_and_forget_pool(work: Callable[[], T]) -> T:
         return thread.submit(work).result()
 
 
+def in_background(work: Callable[[], T], name: str) -> Future[T]:
+    """Run work on a thread of its own, called `name`, and return the future of its result.
+
+    The thread is a daemon, so that a disk that never answers does not keep the process from ending.
+    """
+    future: Future[T] = Future()
+    threading.Thread(target=_settle, args=(future, work), name=name, daemon=True).start()
+    return future
+
+
+def _settle(future: Future[T], work: Callable[[], T]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:  # noqa: BLE001 - it is told to whoever asks for the result
+        future.set_exception(error)
+    finally:
+        # An error refers to this frame. As a cycle, it would keep what its work used until the next collection.
+        del future
+
+
 class _Pace:
     """How long one thread works and rests: `rest` times as long as it works, by the clock.
 

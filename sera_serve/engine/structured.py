@@ -20,7 +20,6 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -43,6 +42,7 @@ from sera_serve.engine.constraint import (
 from sera_serve.engine.schema_bounds import SchemaRefused, check_schema
 from sera_serve.engine.tenant_memory import Reservation, TenantMemory
 from sera_serve.errors import InvalidRequest, TenantOverloaded
+from sera_serve.threads import in_background
 
 T = TypeVar("T")
 
@@ -510,27 +510,16 @@ def _with_deep_stack(work: Callable[[], T]) -> T:
 
     On macOS and musl, threads have far less than the 8 MiB of glibc.
     """
-    outcome: Future[T] = Future()
-    thread = threading.Thread(target=_run_into, args=(outcome, work), name="compiling", daemon=True)
     with _STACK_LOCK:
         before = threading.stack_size(_STACK_BYTES)
         try:
-            thread.start()
+            outcome = in_background(work, "compiling")
         finally:
             threading.stack_size(before)
     try:
         return outcome.result()
     finally:
         # An error refers to this frame. As a cycle, it would keep what was compiled until the next collection.
-        del outcome
-
-
-def _run_into(outcome: Future[T], work: Callable[[], T]) -> None:
-    try:
-        outcome.set_result(work())
-    except BaseException as error:  # noqa: BLE001 - it is told to the caller
-        outcome.set_exception(error)
-    finally:
         del outcome
 
 

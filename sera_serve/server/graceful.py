@@ -10,12 +10,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import uvicorn
 from uvicorn.server import HANDLED_SIGNALS
 
 from sera_serve.server.protocol import BoundedHttpProtocol
+from sera_serve.threads import in_background
 
 logger = logging.getLogger("sera_serve.server")
 
@@ -128,10 +128,8 @@ class GracefulServer(uvicorn.Server):
             "the grace time of %g s is over; %d requests end unfinished", self._grace_s, len(self.server_state.tasks)
         )
         # A thread of its own: all others may be at work for the requests that are to end.
-        thread = ThreadPoolExecutor(1, "stop-engine")
-        stopping = asyncio.wrap_future(thread.submit(self._stop_engine))
+        stopping = asyncio.wrap_future(in_background(self._stop_engine, "stop-engine"))
         stopped, _ = await asyncio.wait([stopping], timeout=_ENGINE_S)
-        thread.shutdown(wait=False)
         if stopped and stopping.exception() is not None:
             logger.error("the engine did not stop", exc_info=stopping.exception())
         if self.server_state.tasks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -14,6 +14,7 @@ from sera_serve.engine import LOAD_BUCKETS, ResidencyStats, RunnerLoad, ServingE
 from sera_serve.errors import SeraServeError
 from sera_serve.jobs import JobStatus
 from sera_serve.server.usage_metrics import UsageMetrics
+from sera_serve.threads import in_background
 
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -166,13 +167,12 @@ class JobMetrics(Collector):
 
     def __init__(self, read: Callable[[], Mapping[JobStatus, int]]) -> None:
         self._read = read
-        self._thread = ThreadPoolExecutor(1, "job-counts")
         self._reading: Future[Mapping[JobStatus, int]] | None = None
 
     def collect(self) -> Iterator[Metric]:
         """The metrics at this moment."""
         if self._reading is None or self._reading.done():
-            self._reading = self._thread.submit(self._read)
+            self._reading = in_background(self._read, "job-counts")
         try:
             counts = self._reading.result(_JOB_COUNTS_S)
         except (SeraServeError, TimeoutError):

@@ -134,6 +134,8 @@ def test_a_database_that_is_locked_holds_up_no_scrape(monkeypatch: pytest.Monkey
     jobs = metrics.JobMetrics(read)
     assert list(jobs.collect()) == list(jobs.collect()) == []
     assert len(reads) == 1, "one waits, however many ask"
+    (thread,) = (thread for thread in threading.enumerate() if thread.name == "job-counts")
+    assert thread.daemon, "a disk that never answers must not keep the process from ending"
     locked.set()
     wait_until(lambda: bool(list(jobs.collect())))
     (family,) = jobs.collect()
