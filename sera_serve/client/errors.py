@@ -119,7 +119,7 @@ class ConflictError(SeraAPIError):
 
 
 class RateLimitError(SeraAPIError):
-    """The tenant has too many requests in flight."""
+    """The tenant has too many requests in flight, or has used up what it may use in a minute."""
 
 
 class UnavailableError(SeraAPIError):

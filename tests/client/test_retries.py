@@ -344,6 +344,7 @@ def test_delays_double_up_to_their_limit_and_vary() -> None:
         ("30", 30, 31),
         ("Fri, 02 Jan 2026 00:00:00 GMT", 0, 1),
         *((value, 0, 1) for value in ("", "-5", "1e9", "inf", "nan", "soon", "1.5", "1" * 400, "Mon, 99 Jan 2026")),
+        ("Fri, 02 Jan 2026 00:00:00 +" + "9" * 20, 0, 1),
     ],
 )
 def test_times_that_the_server_names(value: str, least: float, most: float) -> None:
