@@ -167,7 +167,13 @@ def test_a_row_of_many_long_spans_takes_no_memory(server: Server) -> None:
         (SORTED, {"target_modules": ["?" * 9]}, "adapter.target_modules", "more than 8 of '*'"),
         (SORTED, {"target_modules": "q_proj,v_proj"}, "adapter.target_modules", "'all-linear' or a valid list"),
         (SORTED, {"target_modules": ["q_proj", 5]}, "adapter.target_modules[1]", "is 5: it should be a valid string"),
-        (SORTED, {"rank_pattern": {str(n): 8 for n in range(33)}}, "adapter.rank_pattern", "at most 32"),
+        (
+            SORTED,
+            {"rank_pattern": {str(n): "x" for n in range(33)}},
+            "adapter.rank_pattern",
+            "33 patterns; send at most 32",
+        ),
+        (SORTED, {"target_modules": [0] * 65}, "adapter.target_modules", "65 patterns; send at most 64"),
         (SORTED, {"rank_pattern": {"nothing": 8}}, "adapter.rank_pattern", "'nothing' matches no layer"),
         (SORTED, {"rank_pattern": {"q_proj": 8, " q_proj": 4}}, "adapter.rank_pattern", "there twice"),
         (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -29,16 +29,22 @@ _MAX_PATTERNS, _MAX_WILDCARDS = 32, 8
 _MAX_ALPHA = 65_536.0
 
 Auto = Literal["auto"]
-V = TypeVar("V", str | list[str] | None, dict[str, int] | None, dict[str, float] | None)
 
 
-def _simple(value: V, info: ValidationInfo) -> V:
-    # Every pattern is compared with the path of every layer.
-    for pattern in () if value is None or isinstance(value, str) else value:
-        if sum(map(pattern.count, "*?[")) > _MAX_WILDCARDS:
+def _few_and_simple(value: Any, info: ValidationInfo) -> Any:
+    """Refuse too many patterns, and patterns with many wildcards: each is compared with the path of every layer.
+
+    Before their types are checked: an error object for each of 20,000 wrong values took the event loop 0.1 s.
+    """
+    if not isinstance(value, dict | list):
+        return value
+    field, most = f"adapter.{info.field_name}", _MAX_PATTERNS if isinstance(value, dict) else _MAX_TARGETS
+    if len(value) > most:
+        raise refusal(f"{field} has {len(value)} patterns; send at most {most}", field)
+    for pattern in value:
+        if isinstance(pattern, str) and sum(map(pattern.count, "*?[")) > _MAX_WILDCARDS:
             raise refusal(
-                f"{pattern[:64]!r} has more than {_MAX_WILDCARDS} of '*', '?' and '['; name layers with fewer",
-                f"adapter.{info.field_name}",
+                f"{pattern[:64]!r} has more than {_MAX_WILDCARDS} of '*', '?' and '['; name layers with fewer", field
             )
     return value
 
@@ -127,7 +133,9 @@ class AdapterRequest(RequestModel):
     budget_final: float | None = Field(default=None, gt=0, lt=1, description="part of the steps after they have fallen")
     pooling: Pooling | None = Field(default=None, description="how the states of a text become one")
 
-    _are_simple = field_validator("target_modules", "rank_pattern", "split_pattern", "alpha_pattern")(_simple)
+    _patterns = field_validator("target_modules", "rank_pattern", "split_pattern", "alpha_pattern", mode="before")(
+        _few_and_simple
+    )
 
 
 class CreateJobRequest(RequestModel):
