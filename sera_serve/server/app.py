@@ -95,7 +95,7 @@ def build_app(
     metrics.registry.register(ResidencyMetrics(engine.stats))
     metrics.registry.register(LoopMetrics(engine.loads))
     metrics.registry.register(JobMetrics(training.jobs.counts))
-    metrics.registry.register(RouterMetrics(engine, lambda: engine.base.name))
+    metrics.registry.register(RouterMetrics(engine))
     metrics.gauge(
         "sera_damaged_records",
         "Damaged records and aliases of the store that this server has met, each counted once.",

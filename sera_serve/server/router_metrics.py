@@ -29,25 +29,17 @@ class RouterMetrics(Collector):
     no such name. A label has at most `MAX_NAMES_BYTES` bytes, the adapters used last.
     """
 
-    def __init__(
-        self, engine: ServingEngine, model_name: Callable[[], str], clock: Callable[[], float] = time.time
-    ) -> None:
-        """Read an engine.
-
-        Args:
-            engine: Read at each scrape.
-            model_name: Returns the name of the base, as `/v1/models` has it.
-            clock: Seconds since 1970.
-        """
+    def __init__(self, engine: ServingEngine, clock: Callable[[], float] = time.time) -> None:
+        """Read an engine. `clock` returns seconds since 1970."""
         self._engine = engine
-        self._model_name = model_name
         self._clock = clock
 
     def collect(self) -> Iterator[Metric]:
         """The metrics at this moment."""
         # An encoder has no cache, and 0 pages.
         pages = [load.cache_pages for load in self._engine.loads().values()]
-        model_name = self._model_name()
+        # As `/v1/models` has it.
+        model_name = self._engine.base.name
         in_use, total = sum(page[0] for page in pages), sum(page[1] for page in pages)
         for name, text, value in (
             ("num_requests_waiting", "Sequences and parts of classifications that wait.", self._engine.waiting()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -77,6 +78,8 @@ def scrape(text: str) -> ModelServer:
 class Engine:
     """An engine whose figures a test sets."""
 
+    base = SimpleNamespace(name="base")
+
     def __init__(self) -> None:
         self.pages = (3, 12)
         self.activity = AdapterActivity((), (), 4)
@@ -96,7 +99,7 @@ class Engine:
 
 def exposition(engine: Engine, clock: float = 1000.0) -> str:
     registry = CollectorRegistry()
-    registry.register(RouterMetrics(engine, lambda: "base", lambda: clock))
+    registry.register(RouterMetrics(engine, lambda: clock))
     return generate_latest(registry).decode()
 
 
