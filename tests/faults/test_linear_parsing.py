@@ -88,7 +88,6 @@ EXPRESSIONS = {
     "sera_serve/server/openai/fine_tuning.py: [a-z0-9._-]{1,40}": "a suffix, 40 characters at most",
     "sera_serve/server/openai/fine_tuning.py: [^a-z0-9]+": "the name of a base or an adapter, 200 characters at most",
     "sera_serve/server/openai/chat_schemas.py: ^[A-Za-z0-9_.-]{1,64}$": "names of tools",
-    "sera_serve/server/openai/chat_schemas.py: [A-Za-z0-9_.-]{1,64}": "names of tools",
     "sera_serve/server/openai/chat_schemas.py: [A-Za-z_][A-Za-z0-9_]{0,63}": "names of tools",
     "sera_serve/server/response_format.py: ^[a-zA-Z0-9_-]{1,64}$": "names of tools",
     "sera_serve/server/openai/response_schemas.py: ^[a-zA-Z0-9_-]{1,64}$": "names of tools",

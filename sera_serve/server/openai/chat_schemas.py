@@ -22,7 +22,6 @@ MAX_MESSAGES = 2048
 MAX_TOOLS = 128
 _MAX_TEMPLATE_VARIABLES = 16
 _MAX_ARGUMENT_MEMBERS = 1000
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 # What the server itself gives to a template.
 _OWN_VARIABLES = {"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token"}
@@ -215,16 +214,15 @@ TOOL_CHOICE_SCHEMA = WithJsonSchema({"anyOf": [{"enum": ["none", "auto", "requir
 
 
 def _tool_choice(value: Any) -> Any:
-    if value in ("none", "auto", "required"):
-        return value
-    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
-    name = function.get("name") if isinstance(function, dict) and set(function) == {"name"} else None
-    if set(value if isinstance(value, dict) else ()) != {"type", "function"} or not isinstance(name, str):
-        raise refusal(
-            'tool_choice must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}',
-            "tool_choice",
-        )
-    return NamedFunction(name)
+    match value:
+        case "none" | "auto" | "required":
+            return value
+        case {"type": "function", "function": {"name": str(name), **others}, **more} if not others and not more:
+            return NamedFunction(name)
+    raise refusal(
+        'tool_choice must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}',
+        "tool_choice",
+    )
 
 
 def _template_variables(value: Any) -> Any:

@@ -64,14 +64,12 @@ def _include(value: Any) -> Any:
 
 
 def _tool_choice(value: Any) -> Any:
-    if value in ("none", "auto", "required"):
-        return value
-    name = value.get("name") if isinstance(value, dict) and value.get("type") == "function" else None
-    if not isinstance(name, str) or set(value) != {"type", "name"}:
-        raise refusal(
-            'tool_choice must be "none", "auto", "required" or {"type": "function", "name": ...}', "tool_choice"
-        )
-    return NamedFunction(name)
+    match value:
+        case "none" | "auto" | "required":
+            return value
+        case {"type": "function", "name": str(name), **others} if not others:
+            return NamedFunction(name)
+    raise refusal('tool_choice must be "none", "auto", "required" or {"type": "function", "name": ...}', "tool_choice")
 
 
 ItemText = Annotated[str, BeforeValidator(_parts), TEXT_OR_PARTS_SCHEMA]
