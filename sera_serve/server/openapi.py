@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import http
 import threading
 from collections.abc import Callable
@@ -71,14 +70,13 @@ class DocumentedApp(FastAPI):
             telemetry=telemetry,
         )
         self._making = threading.Lock()
-        self._document: dict[str, Any] | None = None
         self.rendered_document: bytes | None = None
 
     def openapi(self) -> dict[str, Any]:
         """Return the document. Routes must not be added afterwards."""
-        if self._document is None:
-            self._document = _with_errors(super().openapi())
-        return self._document
+        if self.openapi_schema is None:
+            self.openapi_schema = _with_errors(super().openapi())
+        return self.openapi_schema
 
     def render_document(self) -> bytes:
         """Return the document as JSON, which is made once, however many threads ask at once."""
@@ -121,8 +119,8 @@ def stream_of(model: type[BaseModel] | None = None) -> dict[str, Any]:
     return {"text/event-stream": {"schema": event}}
 
 
-def _with_errors(framework: dict[str, Any]) -> dict[str, Any]:
-    document = copy.deepcopy(framework)
+def _with_errors(document: dict[str, Any]) -> dict[str, Any]:
+    """Put this server's errors in the place of FastAPI's, and say what each route needs. Changes the document."""
     components = document.setdefault("components", {})
     schemas = components.setdefault("schemas", {})
     for name in ("HTTPValidationError", "ValidationError"):
