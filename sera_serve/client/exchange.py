@@ -131,9 +131,7 @@ def connection_error(error: httpx.HTTPError, call: Call[Any]) -> SeraConnectionE
     else:
         message = f"the answer to {call.method} {call.path} was lost: {reason}"
     kind = SeraTimeoutError if isinstance(error, httpx.TimeoutException) else SeraConnectionError
-    failure = kind(message, sent=sent)
-    failure.__cause__ = error
-    return failure
+    return kind(message, sent=sent)
 
 
 @contextmanager
