@@ -109,10 +109,7 @@ class RequestContext:
 
         Tenants with keys take turns, one call of each at a time.
         """
-        tenant = self.caller.tenant
-        if tenant is None:
-            return await self.finish(executor.run(work, *args, **kwargs))
-        return await self.finish(executor.run_in_turn(tenant, work, *args, **kwargs))
+        return await self.finish(executor.run_in_turn(self.caller.tenant, work, *args, **kwargs))
 
     async def written(self, pieces: Iterable[str]) -> bytes:
         """Join the pieces of an answer that may be long; see `long_answers.written`."""
