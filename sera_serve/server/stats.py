@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 from fastapi import APIRouter
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field
 
-from sera_serve.engine import ResidencyStats, Tier
+from sera_serve.engine import Tier
 from sera_serve.server.deps import ContextOf
 from sera_serve.server.strict import StrictRoute
 
@@ -29,7 +29,9 @@ class Seconds(BaseModel):
 
 
 class AdapterMemory(BaseModel):
-    """The adapters in memory now, and what was counted since the server began."""
+    """The adapters in memory now, and what was counted since the server began: a part of `ResidencyStats`."""
+
+    model_config = ConfigDict(from_attributes=True)
 
     resident: int
     pinned: int
@@ -38,7 +40,7 @@ class AdapterMemory(BaseModel):
     device_limit: int
     host_bytes: int
     host_limit: int
-    hits: dict[Tier, int]
+    hits: dict[Tier, int] = Field(validation_alias="granted")
     evictions: int
 
 
@@ -98,7 +100,7 @@ async def stats(context: ContextOf) -> Stats:
         classified_inputs=int(totals["sera_classified_inputs_total"]),
         first_token=_seconds(totals, "sera_first_token_seconds"),
         waits=_seconds(totals, "sera_wait_seconds"),
-        adapters=_memory(context.engine.stats()),
+        adapters=AdapterMemory.model_validate(context.engine.stats()),
         cache_pages=CachePages(in_use=sum(page[0] for page in pages), total=sum(page[1] for page in pages)),
         by_tenant={
             tenant: TenantUsage(requests=usage.requests, tokens=usage.tokens["prompt"] + usage.tokens["completion"])
@@ -117,17 +119,3 @@ async def stats(context: ContextOf) -> Stats:
 
 def _seconds(totals: dict[str, float], name: str) -> Seconds:
     return Seconds(count=int(totals[f"{name}_count"]), sum=totals[f"{name}_sum"])
-
-
-def _memory(stats: ResidencyStats) -> AdapterMemory:
-    return AdapterMemory(
-        resident=stats.resident,
-        pinned=stats.pinned,
-        loading=stats.loading,
-        device_bytes=stats.device_bytes,
-        device_limit=stats.device_limit,
-        host_bytes=stats.host_bytes,
-        host_limit=stats.host_limit,
-        hits=dict(stats.granted),
-        evictions=stats.evictions,
-    )
