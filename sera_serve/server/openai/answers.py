@@ -51,15 +51,19 @@ class Head:
         return cls(f"{prefix}-{random_hex(12)}", model, base)
 
     def fields(self, kind: str, stream: GenerationStream) -> dict[str, Any]:
-        """Return the fields of an object. The fingerprint names the version of the adapter that answers."""
-        version = self.base if stream.adapter is None else f"{stream.adapter}@v{stream.version}"
+        """Return the fields of an object."""
         return {
             "id": self.id,
             "object": kind,
             "created": self.created,
             "model": self.model,
-            "system_fingerprint": version,
+            "system_fingerprint": fingerprint(stream, self.base),
         }
+
+
+def fingerprint(stream: GenerationStream | None, base: str) -> str:
+    """Return what answers: the version of the stream's adapter, or the base by its name, also where nothing runs."""
+    return base if stream is None or stream.adapter is None else f"{stream.adapter}@v{stream.version}"
 
 
 def to_json(value: Any) -> str:

@@ -15,7 +15,7 @@ from sera_serve.random_bytes import random_hex
 from sera_serve.server.accounting import Account
 from sera_serve.server.deps import ContextOf
 from sera_serve.server.errors import renamed_fields
-from sera_serve.server.openai.answers import ChatLogprobList, to_json, usage, with_member
+from sera_serve.server.openai.answers import ChatLogprobList, fingerprint, to_json, usage, with_member
 from sera_serve.server.openai.errors import OpenAIRoute, translated_errors
 from sera_serve.server.openai.response_schemas import ResponseObject, ResponseRequest
 from sera_serve.server.openai.texts import ChatPrompt, Conversation, Texts, TextsOf, adapter_of
@@ -221,7 +221,6 @@ class ResponseAnswer:
             status, tokens = "completed", self._usage(result)
             if result.finish_reason == "length":
                 status, reason = "incomplete", {"reason": "max_output_tokens"}
-        adapter = None if stream is None else stream.adapter
         content = {
             "id": self._id,
             "object": "response",
@@ -229,7 +228,7 @@ class ResponseAnswer:
             "completed_at": int(time.time()) if status == "completed" else None,
             "status": status,
             "model": self._body.model,
-            "system_fingerprint": self._base if stream is None or adapter is None else f"{adapter}@v{stream.version}",
+            "system_fingerprint": fingerprint(stream, self._base),
             "error": failure,
             "incomplete_details": reason,
             "usage": tokens,
