@@ -337,7 +337,7 @@ def test_an_upload_that_is_given_up_is_published_whole_or_not_at_all(
     read = Upload.read
 
     def noted(self: Upload, max_bytes: int) -> AdapterBundle | PeftFiles:
-        files.append(self.file)
+        files.append(self.bundle.file)
         return read(self, max_bytes)
 
     monkeypatch.setattr(Upload, "read", noted)

@@ -150,6 +150,8 @@ def test_forms_that_are_not_of_their_form_are_refused_by_name(url: str) -> None:
         error = refused(post(rows, {"purpose": "assistants"}), 400, "invalid_request")
         assert error["param"] == "purpose" and "'assistants'" in error["message"]
         assert refused(post(rows, {}), 400, "missing_field")["param"] == "purpose"
+        as_file = refused(post(rows | {"purpose": ("p", b"fine-tune")}, {}), 400, "invalid_request")
+        assert as_file["param"] == "purpose" and "is a file; send it as text" in as_file["message"]
         assert refused(post(None, {"purpose": "fine-tune"}), 415, "unsupported_media_type")
         expiring = {"purpose": "fine-tune", "expires_after[anchor]": "created_at"}
         assert refused(post(rows, expiring), 400, "unknown_field")["param"] == "expires_after[anchor]"

@@ -15,6 +15,7 @@ from sera_serve.server.native import upload_form
 from sera_serve.server.native.upload_form import FormReader, InvalidForm, UploadNotWritten, boundary_of
 
 CHUNK = 64 << 10
+REMEDY = "send the field bundle"
 OPEN = b'--b\r\nContent-Disposition: form-data; name="bundle"; filename="a"\r\n'
 NAME = b'--b\r\nContent-Disposition: form-data; name="name"\r\n\r\na/b\r\n'
 
@@ -26,7 +27,7 @@ def forever(data: bytes) -> Iterator[bytes]:
 
 
 def read(chunks: Iterable[bytes]) -> FormReader:
-    reader = FormReader(b"b")
+    reader = FormReader("multipart/form-data; boundary=b", {"bundle": None}, REMEDY)
     try:
         for chunk in chunks:
             reader.feed(chunk)
@@ -153,13 +154,13 @@ def test_a_hostile_form_is_refused_within_its_first_bytes(case: str) -> None:
 )
 def test_a_content_type_that_names_no_form_of_ours_is_refused(content_type: str) -> None:
     with pytest.raises(InvalidForm) as refusal:
-        boundary_of(content_type)
+        boundary_of(content_type, REMEDY)
     assert refusal.value.param == "Content-Type"
 
 
 @pytest.mark.parametrize("charset", ["", "; charset=utf-8", '; charset="UTF-8"', "; charset=us-ascii"])
 def test_the_boundary_of_a_form_in_utf8_is_found(charset: str) -> None:
-    assert boundary_of(f'multipart/form-data; boundary="b b"{charset}') == b"b b"
+    assert boundary_of(f'multipart/form-data; boundary="b b"{charset}', REMEDY) == b"b b"
 
 
 def test_other_files_than_the_bundle_are_not_kept() -> None:

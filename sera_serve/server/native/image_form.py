@@ -10,7 +10,7 @@ from sera_serve.engine import ImageInput
 from sera_serve.errors import ImageTooLarge, InvalidRequest
 from sera_serve.server.deps import ContextOf
 from sera_serve.server.native.schemas import MAX_REFERENCE, pieces_of
-from sera_serve.server.native.upload_form import FORM_TYPE, FormReader, InvalidForm, boundary_of, form_content
+from sera_serve.server.native.upload_form import FORM_TYPE, FormReader, InvalidForm, form_content
 from sera_serve.server.strict import StrictRoute
 
 _REMEDY = (
@@ -53,9 +53,9 @@ router = APIRouter(route_class=FormRoute, tags=["inference"])
 @router.post("/v1/classify", include_in_schema=False, openapi_extra={"requestBody": {"content": FORM_SCHEMA}})
 async def classify_form(context: ContextOf) -> Response:
     """Classify each image file with the head of an adapter."""
-    boundary = boundary_of(context.request.headers["content-type"], _REMEDY)
+    content_type = context.request.headers["content-type"]
     body = await context.request.body()
-    adapter, images = await context.run(context.executors.forms, _read, body, boundary, context.settings.max_images)
+    adapter, images = await context.run(context.executors.forms, _read, body, content_type, context.settings.max_images)
     account = context.open_account(context.principal(adapter), None)
     options = account.principal, account.priority, None, context.received_at, account.charge_rows
     work = context.engine.classify(adapter, images, *options)
@@ -64,16 +64,18 @@ async def classify_form(context: ContextOf) -> Response:
     return Response(await context.written(pieces_of(result)), media_type="application/json")
 
 
-def _read(body: bytes, boundary: bytes, max_images: int) -> tuple[str, list[ImageInput]]:
+def _read(body: bytes, content_type: str, max_images: int) -> tuple[str, list[ImageInput]]:
     """The adapter and the files of a form. Blocks.
 
     Raises:
         InvalidForm: The form cannot be read.
         ImageTooLarge: It has more than `max_images` images.
-        InvalidRequest: A field is missing, unknown, of the wrong kind, or there twice.
+        MissingField, UnknownField, InvalidRequest: A field is missing, unknown, of the wrong kind, or there twice.
     """
     # One field and one file more tell what is wrong.
-    reader = FormReader(boundary, {"image": None}, _REMEDY, max_parts=max_images + 2, in_memory=len(body), repeats=True)
+    reader = FormReader(
+        content_type, {"image": None}, _REMEDY, max_parts=max_images + 2, in_memory=len(body), repeats=True
+    )
     try:
         try:
             reader.finish(body)
@@ -85,28 +87,15 @@ def _read(body: bytes, boundary: bytes, max_images: int) -> tuple[str, list[Imag
                     param="image",
                 ) from None
             raise
-        adapter: str | None = None
-        images: list[ImageInput] = []
-        for part in reader.parts:
-            if part.name == "image" and part.file is not None:
-                part.file.seek(0)
-                images.append(ImageInput(part.file.read(), f"image[{len(images)}]"))
-            elif part.name == "adapter" and not part.is_file:
-                if adapter is not None:
-                    raise InvalidRequest(f"form field 'adapter' appears twice; {_REMEDY}", param="adapter")
-                adapter = part.text
-            else:
-                kind = "a file" if part.is_file else "a text"
-                raise InvalidRequest(
-                    f"form field {part.name[:64]!r} with {kind} is not read here; {_REMEDY}", param=part.name[:64]
-                )
+        adapter = reader.fields(("adapter", "image"))["adapter"].text
+        files = [part.opened().read() for part in reader.parts if part.name == "image"]
     finally:
         reader.close()
-    if adapter is None or not 1 <= len(adapter) <= MAX_REFERENCE:
-        raise InvalidRequest(f"form field 'adapter' is missing, empty or too long; {_REMEDY}", param="adapter")
-    if not images:
-        raise InvalidRequest(f"form field 'image' is missing; {_REMEDY}", param="image")
-    return adapter, images
+    if not 1 <= len(adapter) <= MAX_REFERENCE:
+        raise InvalidRequest(
+            f"form field adapter must have 1 to {MAX_REFERENCE} characters, such as tenant/name", param="adapter"
+        )
+    return adapter, [ImageInput(file, f"image[{index}]") for index, file in enumerate(files)]
 
 
 def _is_form(scope: Scope) -> bool:

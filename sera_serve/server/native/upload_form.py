@@ -31,14 +31,11 @@ _CHUNK_BYTES = 64 << 10
 # RFC 2046, 5.1.1.
 _MAX_BOUNDARY_BYTES = 70
 _MEMORY_BYTES = 1 << 20
-# Fields whose files are kept, and the most bytes of each; the body has a limit of its own.
-_KEPT_FILES: dict[str, int | None] = {"bundle": None, "config": 1 << 20}
 _CHARSETS = (b"utf-8", b"utf8", b"us-ascii", b"ascii")
 _PLAIN_ENCODINGS = (b"7bit", b"8bit", b"binary")
 # Names in Content-Disposition: https://html.spec.whatwg.org/#multipart-form-data
 _ESCAPED = {b"%22": b'"', b"%0D": b"\r", b"%0A": b"\n"}
 _ESCAPE = re.compile(rb"%22|%0D|%0A")
-_REMEDY = "send multipart/form-data with the fields bundle (a file) and name (text): curl -F name=... -F bundle=@..."
 
 
 class InvalidForm(InvalidRequest):
@@ -87,6 +84,12 @@ class FormPart:
     file: BinaryIO | None = None
     nbytes: int = 0
 
+    def opened(self) -> BinaryIO:
+        """Return the content of a file that is kept, to be read from its beginning."""
+        assert self.file is not None
+        self.file.seek(0)
+        return self.file
+
 
 @dataclass
 class _Headers:
@@ -102,7 +105,7 @@ def form_content(required: list[str], fields: dict[str, dict[str, Any]]) -> dict
     return {FORM_TYPE: {"schema": {"type": "object", "required": required, "properties": fields}}}
 
 
-def boundary_of(content_type: str, remedy: str = _REMEDY) -> bytes:
+def boundary_of(content_type: str, remedy: str) -> bytes:
     """The boundary in the Content-Type of a form.
 
     Args:
@@ -128,9 +131,9 @@ class FormReader:
 
     def __init__(
         self,
-        boundary: bytes,
-        kept: Mapping[str, int | None] = _KEPT_FILES,
-        remedy: str = _REMEDY,
+        content_type: str,
+        kept: Mapping[str, int | None],
+        remedy: str,
         *,
         max_parts: int = _MAX_PARTS,
         in_memory: int | None = None,
@@ -139,13 +142,17 @@ class FormReader:
         """Set up; no file is made before a part needs it.
 
         Args:
-            boundary: What separates the parts.
+            content_type: The header's value.
             kept: Fields whose files are kept, and the most bytes of each; None is the limit of the body.
             remedy: What a form of this route looks like, for messages.
             max_parts: The most fields.
-            in_memory: Bytes of a file from which on it goes to the disk; None is as for uploads.
-            repeats: Keep every file of a field, and not the first alone.
+            in_memory: Bytes of a file from which on it goes to the disk; None is 1 MiB.
+            repeats: Whether a field may have several files. Of any other, the first alone is kept.
+
+        Raises:
+            InvalidForm: The header is not that of a form; see `boundary_of`.
         """
+        boundary = boundary_of(content_type, remedy)
         self.parts: list[FormPart] = []
         self._kept = kept
         self._remedy = remedy
@@ -207,25 +214,28 @@ class FormReader:
         except OSError as error:
             raise _not_written(error) from error
 
-    def fields(
-        self, required: Sequence[str], optional: Sequence[str], missing: str, unknown: str
-    ) -> dict[str, FormPart]:
-        """Return the parts of a form that is read, by name. `missing` and `unknown` are remedies, for messages.
+    def fields(self, required: Sequence[str], optional: Sequence[str] = ()) -> dict[str, FormPart]:
+        """Return the parts of a form that is read, by name. Fields whose files are kept are files, all others texts.
 
         Raises:
             MissingField, UnknownField: A field is missing, unknown, or there twice.
+            InvalidRequest: A file was sent as a text, or a text as a file.
         """
-        given = {part.name for part in self.parts}
-        for name in required:
-            if name not in given:
-                raise MissingField(f"form field {name} is missing; {missing}", param=name)
         found: dict[str, FormPart] = {}
         for part in self.parts:
-            if part.name not in (*required, *optional):
-                raise UnknownField(f"form field {part.name[:64]!r} is unknown; {unknown}", param=part.name[:64])
-            if part.name in found:
-                raise UnknownField(f"form field {part.name} appears twice; send it once", param=part.name)
-            found[part.name] = part
+            name, is_kept = part.name, part.name in self._kept
+            if name not in (*required, *optional):
+                raise UnknownField(f"form field {name[:64]!r} is unknown; {self._remedy}", param=name[:64])
+            if name in found and not (self._repeats and is_kept):
+                raise UnknownField(f"form field {name} appears twice; send it once", param=name)
+            if is_kept and not part.is_file:
+                raise InvalidRequest(f"form field {name} is text; send it as a file: curl -F {name}=@FILE", param=name)
+            if part.is_file and not is_kept:
+                raise InvalidRequest(f"form field {name} is a file; send it as text", param=name)
+            found[name] = part
+        for name in required:
+            if name not in found:
+                raise MissingField(f"form field {name} is missing; {self._remedy}", param=name)
         return found
 
     def close(self) -> None:

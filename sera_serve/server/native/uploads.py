@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import anyio
 from fastapi import Request
@@ -15,9 +14,9 @@ from starlette.concurrency import run_in_threadpool
 
 from adapters_store import AdapterBundle, BundleLimits, PeftFiles, parse_adapter, peft_from_bytes, writable_memory
 from adapters_store.errors import InvalidAdapterName
-from sera_serve.errors import InvalidRequest, Overloaded, counted
+from sera_serve.errors import Overloaded, counted
 from sera_serve.server.auth import caller_of
-from sera_serve.server.native.upload_form import FORM_TYPE, FormReader, UploadNotWritten, boundary_of
+from sera_serve.server.native.upload_form import FORM_TYPE, FormPart, FormReader, UploadNotWritten
 from sera_serve.server.strict import UnsupportedMediaType, media_type
 
 logger = logging.getLogger("sera_serve.server")
@@ -25,6 +24,9 @@ logger = logging.getLogger("sera_serve.server")
 # Bytes that are parsed at once, on a thread.
 _CHUNK_BYTES = 64 << 10
 _RETRY_AFTER_S = 5
+# The fields of the form that are files, and the most bytes of each; the body has a limit of its own.
+_FILES: dict[str, int | None] = {"bundle": None, "config": 1 << 20}
+_REMEDY = "send multipart/form-data with the fields bundle (a file) and name (text): curl -F name=... -F bundle=@..."
 
 
 class TooManyUploads(Overloaded):
@@ -83,15 +85,13 @@ class Upload:
 
     Attributes:
         name: `tenant/name`.
-        file: The bundle, or the PEFT checkpoint.
-        nbytes: Bytes of `file`.
+        bundle: The bundle, or the PEFT checkpoint.
         config: PEFT's `adapter_config.json`, for a checkpoint that is a single safetensors file; else None.
     """
 
     name: str
-    file: BinaryIO
-    nbytes: int
-    config: BinaryIO | None = None
+    bundle: FormPart
+    config: FormPart | None
 
     def read(self, max_bytes: int) -> AdapterBundle | PeftFiles:
         """Read the file and tell by its content what it is; a bundle is validated. Blocks.
@@ -101,16 +101,12 @@ class Upload:
                 PickledCheckpoint or UnsupportedAdapter.
         """
         # The tensors share this memory, so the memory must be writable.
-        data = writable_memory(self.nbytes)
-        self.file.seek(0)
-        view = data
-        while view and (count := self.file.readinto(view)):  # type: ignore[attr-defined]
+        data = view = writable_memory(self.bundle.nbytes)
+        file = self.bundle.opened()
+        while view and (count := file.readinto(view)):  # type: ignore[attr-defined]
             view = view[count:]
         limits = BundleLimits(max_bytes=max_bytes)
-        config = None
-        if self.config is not None:
-            self.config.seek(0)
-            config = self.config.read()
+        config = None if self.config is None else self.config.opened().read()
         # The tensors may share the memory of the whole file, and keep all of it.
         found = peft_from_bytes(data, limits, config)
         # What is no safetensors file and no archive is refused here, with or without a configuration.
@@ -124,30 +120,34 @@ async def receive_upload(request: Request) -> AsyncIterator[Upload]:
     The upload counts as under way from before its first byte is read until its temporary file is deleted.
 
     Raises:
-        UnsupportedMediaType, InvalidForm, MissingField, UnknownField, InvalidAdapterName: The form is refused.
-        BodyTooLarge: The body exceeds the limit of its route.
-        TooManyUploads: As many uploads as the setting `max_uploads` are under way, or half as many of the tenant.
-        UploadNotWritten: The temporary file could not be written.
+        MissingField, UnknownField, InvalidRequest, InvalidAdapterName: The form is refused.
+        SeraServeError: As `receive_form`.
     """
-    if media_type(request) != FORM_TYPE:
-        raise UnsupportedMediaType(
-            "the body must be multipart/form-data with the fields bundle and name (curl -F name=... -F bundle=@...)",
-            param="Content-Type",
-        )
-    async with receive_form(request, FormReader(boundary_of(request.headers["content-type"]))) as form:
+    async with receive_form(request, _FILES, _REMEDY) as form:
         yield _checked(form)
 
 
 @asynccontextmanager
-async def receive_form(request: Request, reader: FormReader) -> AsyncIterator[FormReader]:
+async def receive_form(request: Request, kept: Mapping[str, int | None], remedy: str) -> AsyncIterator[FormReader]:
     """Receive a form. Its temporary files are deleted when the context ends.
 
     The upload counts as under way from before its first byte is read until its temporary files are deleted.
 
+    Args:
+        request: The request.
+        kept: Fields whose files are kept, as in `FormReader`.
+        remedy: What a form of this route looks like, for messages.
+
     Raises:
+        UnsupportedMediaType: The body is no form.
         InvalidForm: The form cannot be read.
-        BodyTooLarge, TooManyUploads, UploadNotWritten: As `receive_upload`.
+        BodyTooLarge: The body exceeds the limit of its route.
+        TooManyUploads: As many uploads as the setting `max_uploads` are under way, or half as many of the tenant.
+        UploadNotWritten: A temporary file could not be written.
     """
+    if media_type(request) != FORM_TYPE:
+        raise UnsupportedMediaType(f"the body must be a form; {remedy}", param="Content-Type")
+    reader = FormReader(request.headers["content-type"], kept, remedy)
     slots: UploadSlots = request.app.state.upload_slots
     with slots.take(caller_of(request).tenant):
         try:
@@ -175,18 +175,10 @@ async def _receive(request: Request, reader: FormReader) -> None:
 
 
 def _checked(form: FormReader) -> Upload:
-    fields = form.fields(("bundle", "name"), ("config",), "send bundle (a file) and name (text)", "leave it out")
-    name, bundle, config = fields["name"], fields["bundle"], fields.get("config")
-    if name.is_file:
-        raise InvalidRequest("form field name is a file; send it as text", param="name")
-    if bundle.file is None:
-        raise InvalidRequest("form field bundle is text; send it as a file (curl -F bundle=@...)", param="bundle")
+    fields = form.fields(("bundle", "name"), ("config",))
+    name = fields["name"].text
     try:
-        parse_adapter(name.text)
+        parse_adapter(name)
     except InvalidAdapterName as error:
         raise InvalidAdapterName(error.message, param="name") from None
-    if config is not None and config.file is None:
-        raise InvalidRequest(
-            "form field config is text; send it as a file (curl -F config=@adapter_config.json)", param="config"
-        )
-    return Upload(name.text, bundle.file, bundle.nbytes, None if config is None else config.file)
+    return Upload(name, fields["bundle"], fields.get("config"))

@@ -14,10 +14,10 @@ from sera_serve.errors import InvalidRequest
 from sera_serve.jobs import TrainingFile
 from sera_serve.jobs.files import Purpose
 from sera_serve.server.deps import ContextOf, RequestContext
-from sera_serve.server.native.upload_form import FORM_TYPE, FormReader, boundary_of, form_content
+from sera_serve.server.native.upload_form import FormReader, form_content
 from sera_serve.server.native.uploads import receive_form
 from sera_serve.server.openai.errors import OpenAIRoute
-from sera_serve.server.strict import QueryModel, UnsupportedMediaType, media_type
+from sera_serve.server.strict import QueryModel
 from sera_serve.server.training import DEFAULT_TENANT
 
 router = APIRouter(route_class=OpenAIRoute, tags=["openai"])
@@ -27,7 +27,7 @@ FilePath = Annotated[str, Path(description="the id of a file, as its upload answ
 PURPOSE = "fine-tune"
 MAX_ID = 64
 _MAX_FILENAME = 255
-_REMEDY = "send multipart/form-data with the fields file (a file) and purpose (fine-tune)"
+_REMEDY = "send multipart/form-data with the fields file (a file) and purpose (fine-tune) alone"
 _BLOCK_BYTES = 256 << 10
 _UPLOAD_FORM = form_content(
     ["file", "purpose"],
@@ -87,10 +87,7 @@ class DeletedFile(BaseModel):
 @router.post("/v1/files", openapi_extra={"requestBody": {"required": True, "content": _UPLOAD_FORM}})
 async def create_file(context: ContextOf) -> FileObject:
     """Keep a file of training rows. Each row has been checked when this answers."""
-    if media_type(context.request) != FORM_TYPE:
-        raise UnsupportedMediaType(f"the body must be a form; {_REMEDY}", param="Content-Type")
-    boundary = boundary_of(context.request.headers["content-type"], _REMEDY)
-    async with receive_form(context.request, FormReader(boundary, {"file": None}, _REMEDY)) as form:
+    async with receive_form(context.request, {"file": None}, _REMEDY) as form:
         source, filename = _checked(form)
         # To its end: the check reads the temporary file.
         work = context.training.checking.run_to_end(context.caller.tenant, _add, context, filename, source)
@@ -132,19 +129,17 @@ async def retrieve_content(file_id: FilePath, context: ContextOf) -> Response:
 
 def _checked(form: FormReader) -> tuple[BinaryIO, str]:
     """The file of a form, and its name."""
-    fields = form.fields(("file", "purpose"), (), _REMEDY, f"{_REMEDY} alone")
+    fields = form.fields(("file", "purpose"))
     file, purpose = fields["file"], fields["purpose"]
     if purpose.text != PURPOSE:
         raise InvalidRequest(
             f"purpose is {purpose.text[:64]!r}; this server keeps files for fine-tune alone", param="purpose"
         )
-    if file.file is None:
-        raise InvalidRequest(f"form field file is text; {_REMEDY}", param="file")
     if len(file.filename) > _MAX_FILENAME or not file.filename.isprintable():
         raise InvalidRequest(
             f"the name of the file must have at most {_MAX_FILENAME} characters, all printable; rename it", param="file"
         )
-    return file.file, file.filename
+    return file.opened(), file.filename
 
 
 def _add(context: RequestContext, filename: str, source: BinaryIO) -> FileObject:
