@@ -15,14 +15,16 @@ from sera_serve.access import Scope as KeyScope
 from sera_serve.engine import BASE_PRINCIPAL, AdapterChoice, Principal
 from sera_serve.errors import InvalidRequest, SeraServeError
 
-KEY_REMEDY = "send the header Authorization: Bearer KEY; `sera-serve keys create` makes a key"
-
 
 class InvalidKey(SeraServeError):
     """The request has no key, or one that is not accepted."""
 
     code = "invalid_api_key"
     status = 401
+
+    def __init__(self, fault: str) -> None:
+        remedy = "send the header Authorization: Bearer KEY; `sera-serve keys create` makes a key"
+        super().__init__(f"{fault}; {remedy}", param="Authorization")
 
 
 class ScopeMissing(SeraServeError):
@@ -93,10 +95,10 @@ class Caller:
         if self.key is not None:
             key = self.access.key(self.key.id)
             if key is None:
-                raise InvalidKey(f"the key {self.key.id} is unknown now; {KEY_REMEDY}", param="Authorization")
+                raise InvalidKey(f"the key {self.key.id} is unknown now")
             check_active(key)
         elif self.access.needs_keys:
-            raise InvalidKey(f"this server needs a key now; {KEY_REMEDY}", param="Authorization")
+            raise InvalidKey("this server needs a key now")
 
     def principal(self, adapter: AdapterChoice | None) -> Principal:
         """Return the principal of a request that names `adapter`. The engine reads it alone, and parses no names.
@@ -207,7 +209,7 @@ def check_active(key: Key) -> None:
         InvalidKey: The message names the key by its id.
     """
     if key.status != "active":
-        raise InvalidKey(f"the key {key.id} is {key.status}; {KEY_REMEDY}", param="Authorization")
+        raise InvalidKey(f"the key {key.id} is {key.status}")
 
 
 def check_scope(caller: Caller, needed: str) -> None:
@@ -224,7 +226,7 @@ def check_scope(caller: Caller, needed: str) -> None:
     if needed == "nothing":
         return
     if caller.is_guest:
-        raise InvalidKey(f"this needs a key; {KEY_REMEDY}", param="Authorization")
+        raise InvalidKey("this needs a key")
     if caller.key is None or needed == "key":
         return
     if not caller.key.may(cast(KeyScope, needed)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sera_serve.access import AccessControl, Key
-from sera_serve.server.auth import KEY_REMEDY, Caller, InvalidKey, check_active
+from sera_serve.server.auth import Caller, InvalidKey, check_active
 from sera_serve.server.errors import error_response
 from sera_serve.server.scopes import is_open
 
@@ -41,15 +41,14 @@ class KeyAuthentication:
         """The key of a request."""
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         if len(given) != 1:
-            fault = "the header Authorization appears twice" if given else "this server needs a key"
-            raise InvalidKey(f"{fault}; {KEY_REMEDY}", param="Authorization")
+            raise InvalidKey("the header Authorization appears twice" if given else "this server needs a key")
         scheme, _, secret = given[0].decode("latin-1").strip().partition(" ")
         if scheme.lower() != "bearer":
-            raise InvalidKey(f"the scheme of Authorization is not Bearer; {KEY_REMEDY}", param="Authorization")
+            raise InvalidKey("the scheme of Authorization is not Bearer")
         if not secret.strip():
-            raise InvalidKey(f"Authorization has no key after Bearer; {KEY_REMEDY}", param="Authorization")
+            raise InvalidKey("Authorization has no key after Bearer")
         key = self.access.key_of(secret.strip())
         if key is None:
-            raise InvalidKey(f"the key is unknown; {KEY_REMEDY}", param="Authorization")
+            raise InvalidKey("the key is unknown")
         check_active(key)
         return key
