@@ -19,7 +19,7 @@ from sera_serve.engine import (
     Priority,
 )
 from sera_serve.server.metrics import ServerMetrics
-from sera_serve.server.usage_metrics import UsageCounts
+from sera_serve.server.usage_metrics import InputKind, UsageCounts
 
 
 @dataclass(slots=True, eq=False)
@@ -166,21 +166,7 @@ class Account:
 
     def count_classified(self, results: Sequence[ClassifyResult]) -> None:
         """Count one finished classification: its results by adapter."""
-        waited_s = results[0].waited_s
-        inputs = 0
-        tokens = 0
-        for result in results:
-            adapter = self._served(result.adapter, result.version)
-            adapter.classified += len(result.results)
-            adapter.add_tokens(result.prompt_tokens, 0, 0)
-            inputs += len(result.results)
-            tokens += result.prompt_tokens
-            self._observe_load(result.load_began, result.load_s)
-        self._metrics.count_classified(inputs, waited_s)
-        tenant = self._count_rows(inputs, waited_s)
-        tenant.classified += inputs
-        tenant.add_tokens(tokens, 0, 0)
-        self._record.prompt_tokens += tokens
+        self._count_rows("classified", [(result, len(result.results), result.prompt_tokens) for result in results])
 
     def charge_rows(self, tokens: int) -> None:
         """Charge the tokens of rows that entered a batch, whether or not their call is answered."""
@@ -188,16 +174,7 @@ class Account:
 
     def count_embedded(self, result: EmbedResult) -> None:
         """Count one finished embedding."""
-        inputs, tokens = len(result.vectors), sum(result.prompt_tokens)
-        self._metrics.count_embedded(inputs, result.waited_s)
-        for usage in (
-            self._served(result.adapter, result.version),
-            self._count_rows(inputs, result.waited_s),
-        ):
-            usage.embedded += inputs
-            usage.add_tokens(tokens, 0, 0)
-        self._record.prompt_tokens += tokens
-        self._observe_load(result.load_began, result.load_s)
+        self._count_rows("embedded", [(result, len(result.vectors), sum(result.prompt_tokens))])
 
     def count_refusal(self, code: str) -> None:
         """Count a generation that failed after its stream had begun. `code` is an error code of the server."""
@@ -224,14 +201,21 @@ class Account:
             usage.first_tokens.add(first_token_s)
             record.first_token_s = max(first_token_s, record.first_token_s or 0.0)
 
-    def _count_rows(self, inputs: int, waited_s: float) -> UsageCounts:
-        """Count a call of rows for its tenant, and return the tenant's usage."""
+    def _count_rows(self, kind: InputKind, served: Sequence[tuple[ClassifyResult | EmbedResult, int, int]]) -> None:
+        """Count one call of rows: for each adapter its result, its inputs and its tokens."""
+        for result, inputs, tokens in served:
+            self._served(result.adapter, result.version).add_rows(kind, inputs, tokens)
+            self._observe_load(result.load_began, result.load_s)
+        waited_s = served[0][0].waited_s
+        all_inputs, all_tokens = sum(inputs for _, inputs, _ in served), sum(tokens for _, _, tokens in served)
+        self._metrics.count_rows(kind, all_inputs, waited_s)
         usage = self._metrics.usage.tenant(self.principal.tenant)
         usage.requests += 1
         usage.waits.add(waited_s)
-        self._record.inputs += inputs
+        usage.add_rows(kind, all_inputs, all_tokens)
+        self._record.inputs += all_inputs
+        self._record.prompt_tokens += all_tokens
         self._record.waited_s = waited_s
-        return usage
 
     def _served(self, adapter: str | None, version: int | None) -> UsageCounts:
         """Note that an adapter served the request, and return the adapter's usage. Its requests count it once."""

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from sera_serve.engine import LOAD_BUCKETS, ResidencyStats, RunnerLoad, ServingEngine, Task, TokensUsed
 from sera_serve.errors import SeraServeError
 from sera_serve.jobs import JobStatus
-from sera_serve.server.usage_metrics import UsageMetrics
+from sera_serve.server.usage_metrics import INPUT_KINDS, InputKind, UsageMetrics
 from sera_serve.threads import in_background
 
 _METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
@@ -55,8 +55,10 @@ class ServerMetrics:
         self._tokens = Counter(
             "sera_tokens", "Tokens of generations, finished or not.", ["kind"], registry=self.registry
         )
-        self._inputs = Counter("sera_classified_inputs", "Inputs classified.", registry=self.registry)
-        self._embedded = Counter("sera_embedded_inputs", "Inputs made into vectors.", registry=self.registry)
+        self._inputs = {
+            kind: Counter(f"sera_{kind}_inputs", f"{text}.", registry=self.registry)
+            for kind, text in INPUT_KINDS.items()
+        }
         self._refusals = Counter(
             "sera_refusals",
             "Requests refused or ended because of overload, a deadline or a stopped engine, streams included.",
@@ -97,14 +99,9 @@ class ServerMetrics:
         self._tokens.labels("cached_prompt").inc(tokens.cached_prompt)
         self._tokens.labels("completion").inc(tokens.completion)
 
-    def count_classified(self, inputs: int, waited_s: float) -> None:
-        """Count the inputs of one finished classification, and record its waiting time."""
-        self._inputs.inc(inputs)
-        self._waits.observe(waited_s)
-
-    def count_embedded(self, inputs: int, waited_s: float) -> None:
-        """Count the inputs of one finished embedding, and record its waiting time."""
-        self._embedded.inc(inputs)
+    def count_rows(self, kind: InputKind, inputs: int, waited_s: float) -> None:
+        """Count the inputs of one finished call of rows, and record its waiting time."""
+        self._inputs[kind].inc(inputs)
         self._waits.observe(waited_s)
 
     def observe_waits(self, waited_s: float, first_token_s: float | None) -> None:
@@ -121,7 +118,7 @@ class ServerMetrics:
         """Return the counts of tokens, inputs and times so far, by sample: name and label value."""
         return {
             sample.name + "".join(f" {value}" for value in sample.labels.values()): sample.value
-            for metric in (self._tokens, self._inputs, self._embedded, self._waits, self._first_token)
+            for metric in (self._tokens, *self._inputs.values(), self._waits, self._first_token)
             for family in metric.collect()
             for sample in family.samples
             if not sample.name.endswith(("_bucket", "_created"))

@@ -110,7 +110,7 @@ async def stats(context: ContextOf) -> Stats:
             adapter: AdapterUsage(
                 requests=usage.requests,
                 tokens=usage.tokens["prompt"] + usage.tokens["completion"],
-                classified_inputs=usage.classified,
+                classified_inputs=usage.inputs["classified"],
             )
             for adapter, usage in context.metrics.usage.by_adapter().items()
         },

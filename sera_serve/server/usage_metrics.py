@@ -20,6 +20,9 @@ COMBINED = "combined"
 
 TokenKind = Literal["prompt", "cached_prompt", "completion"]
 _KINDS: tuple[TokenKind, ...] = ("prompt", "cached_prompt", "completion")
+InputKind = Literal["classified", "embedded"]
+INPUT_KINDS: dict[InputKind, str] = {"classified": "Inputs classified", "embedded": "Inputs made into vectors"}
+"""What becomes of the inputs of calls of rows, with the help text of their metrics."""
 # Few: each is a line for each tenant.
 SECONDS = (0.05, 0.25, 1.0, 5.0, 30.0)
 _BOUNDS = [*map(str, SECONDS), "+Inf"]
@@ -46,19 +49,17 @@ class UsageCounts:
     Attributes:
         requests: Requests that entered a batch.
         tokens: By kind. `cached_prompt` is a part of `prompt`.
-        classified: Inputs classified.
-        embedded: Inputs made into vectors.
+        inputs: Of calls of rows, by kind.
         waits: Seconds until a request entered a batch.
         first_tokens: Seconds until a generation had its first token.
     """
 
-    __slots__ = ("classified", "embedded", "first_tokens", "requests", "tokens", "waits")
+    __slots__ = ("first_tokens", "inputs", "requests", "tokens", "waits")
 
     def __init__(self) -> None:
         self.requests = 0
         self.tokens: dict[TokenKind, int] = dict.fromkeys(_KINDS, 0)
-        self.classified = 0
-        self.embedded = 0
+        self.inputs: dict[InputKind, int] = dict.fromkeys(INPUT_KINDS, 0)
         self.waits = SecondsCounts()
         self.first_tokens = SecondsCounts()
 
@@ -68,6 +69,11 @@ class UsageCounts:
         tokens["prompt"] += prompt
         tokens["cached_prompt"] += cached_prompt
         tokens["completion"] += completion
+
+    def add_rows(self, kind: InputKind, inputs: int, tokens: int) -> None:
+        """Count the inputs of a call of rows, and their tokens."""
+        self.inputs[kind] += inputs
+        self.add_tokens(tokens, 0, 0)
 
 
 class UsageMetrics(Collector):
@@ -121,19 +127,17 @@ class UsageMetrics(Collector):
                 f"Tokens of generations, finished or not, and of rows, by {label}; cached ones are prompt tokens too.",
                 labels=[label, "kind"],
             )
-            classified = CounterMetricFamily(
-                f"sera_{label}_classified_inputs", f"Inputs classified, by {label}.", labels=[label]
-            )
-            embedded = CounterMetricFamily(
-                f"sera_{label}_embedded_inputs", f"Inputs made into vectors, by {label}.", labels=[label]
-            )
+            inputs = {
+                kind: CounterMetricFamily(f"sera_{label}_{kind}_inputs", f"{text}, by {label}.", labels=[label])
+                for kind, text in INPUT_KINDS.items()
+            }
             for name, usage in known.items():
                 requests.add_metric([name], usage.requests)
                 for kind in _KINDS:
                     tokens.add_metric([name, kind], usage.tokens[kind])
-                classified.add_metric([name], usage.classified)
-                embedded.add_metric([name], usage.embedded)
-            yield from (requests, tokens, classified, embedded)
+                for input_kind, family in inputs.items():
+                    family.add_metric([name], usage.inputs[input_kind])
+            yield from (requests, tokens, *inputs.values())
         waits = HistogramMetricFamily(
             "sera_tenant_wait_seconds",
             "Seconds from a request's arrival until it entered a batch, by tenant.",
@@ -145,8 +149,8 @@ class UsageMetrics(Collector):
             labels=["tenant"],
         )
         for name, usage in self.by_tenant().items():
-            for family, seconds in ((waits, usage.waits), (first_tokens, usage.first_tokens)):
-                family.add_metric([name], list(zip(_BOUNDS, accumulate(seconds.counts), strict=True)), seconds.total)
+            for times, seconds in ((waits, usage.waits), (first_tokens, usage.first_tokens)):
+                times.add_metric([name], list(zip(_BOUNDS, accumulate(seconds.counts), strict=True)), seconds.total)
         yield from (waits, first_tokens)
 
     def _of(self, known: dict[str, UsageCounts], name: str, share: int) -> tuple[UsageCounts, bool]:
