@@ -71,7 +71,7 @@ def _checked_limits(max_connections: int) -> httpx.Limits:
 
 
 def _checked_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
-    """A copy of the headers. A wrong one would be found only when it is sent, and pass for a lost connection."""
+    """A copy of the headers. httpx finds a wrong one when it sends it, and it would look like a lost connection."""
     for name, value in (headers or {}).items():
         if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
             raise ValueError(f"headers: {name!r} is no name of a header")
@@ -84,7 +84,7 @@ def _checked_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def _with_key(given: dict[str, str], api_key: str | None, url: httpx.URL) -> dict[str, str]:
-    """The headers of every request: those given, and the key's. httpx sends the user of an address as a key, too."""
+    """The headers of every request: those given, and the key's. httpx puts the user of an address there, too."""
     sources = [
         *(["api_key"] if api_key is not None else []),
         *(["headers"] if any(name.lower() == "authorization" for name in given) else []),

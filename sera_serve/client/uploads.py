@@ -30,7 +30,7 @@ class _FilePart:
 
 
 class _PartsReader(io.RawIOBase):
-    """Reads parts one after the other, as one file. It can only be rewound to its begin."""
+    """Reads parts one after the other, as one file. It can be rewound to its beginning alone."""
 
     def __init__(self, parts: list[bytes | _FilePart], progress: Progress | None) -> None:
         self._parts = parts
@@ -51,11 +51,11 @@ class _PartsReader(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        # httpx goes to the end to learn the length, back, and to the begin before it reads.
+        # httpx seeks to the end to learn the length, then back, and to the beginning before it reads.
         if (offset, whence) == (0, os.SEEK_END):
             return self._size
         if whence != os.SEEK_SET or offset not in (0, self._position):
-            raise io.UnsupportedOperation("an upload is read from its begin to its end")
+            raise io.UnsupportedOperation("an upload is read from its beginning to its end")
         if offset == 0:
             self._close_part()
             self._next = self._position = 0

@@ -31,14 +31,14 @@ class RequestRecord:
         adapter: The adapter that served it, or the reference that it asked for; None is the base model, or none.
         version: Of the adapter that served it.
         prompt_tokens: Tokens of all its prompts that entered a batch.
-        completion_tokens: Tokens generated, of answers that did not come to their ends too.
+        completion_tokens: Generated tokens, also those of answers that did not finish.
         inputs: Inputs classified or made into vectors.
         generations: Generations that entered a batch.
         waited_s: The longest wait for a batch.
         first_token_s: The longest wait for a first token, from the request's arrival; None without a token.
         opened_at: When the waits begin (`time.monotonic`): the account was opened.
         load_began: When the first adapter of the request began to load (`time.monotonic`); None if none had to.
-        load_s: How long that took.
+        load_s: Seconds that this load took.
         code: Of the error that answered it, or ended its stream.
     """
 

@@ -101,7 +101,7 @@ class Caller:
             raise InvalidKey("this server needs a key now")
 
     def principal(self, adapter: AdapterChoice | None) -> Principal:
-        """Return the principal of a request that names `adapter`. The engine reads it alone, and parses no names.
+        """Return the principal of a request that names `adapter`. The engine reads the principal, and parses no names.
 
         Where the server asks for no key, the tenant of the adapter reference is the tenant of the request, and
         requests to the base model share `BASE_PRINCIPAL`.

@@ -61,8 +61,8 @@ class HeadAndOptions:
         """Run one request."""
         method = scope.get("method")
         if method == "HEAD":
-            # A copy: the HTTP server still has to see HEAD. The outer middleware reads the route, and a response that
-            # may take hours what is wanted of it.
+            # A copy: the HTTP server must still see HEAD. A stream, which may last for hours, reads `HEADERS_ONLY` and
+            # ends after its headers. The outer middleware reads the route.
             as_get = {**scope, "method": "GET", HEADERS_ONLY: True}
             try:
                 await self.app(as_get, receive, send)

@@ -176,7 +176,7 @@ async def admitted(
             streams = await admit(account.submitted)
             yield streams
     finally:
-        # To its end: a client that leaves once it has the last event cancels this block.
+        # Shielded: a client that leaves once it has the last event cancels this block.
         await asyncio.shield(asyncio.ensure_future(measured_with_request(_close_all(streams))))
 
 

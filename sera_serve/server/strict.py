@@ -78,10 +78,10 @@ class QueryModel(BaseModel):
 
 
 def with_example(body: dict[str, Any]) -> ConfigDict:
-    """Return the configuration of a model with one short body in the OpenAPI document, of the demo's adapters.
+    """Return the configuration of a model whose example in the OpenAPI document is `body`, for the demo's adapters.
 
-    A page over the document fills a form with it. Without it, the page makes up a value of each field, and no route
-    takes them all.
+    A page over the document fills a form with the example. Without one, the page makes up a value for each field, and
+    no route takes all fields at once.
     """
     return ConfigDict(json_schema_extra={"examples": [body]})
 

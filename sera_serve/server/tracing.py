@@ -59,7 +59,7 @@ class Tracing:
 
 
 class RequestSpans:
-    """The spans of one request. Times are those of this process: `time.monotonic`, on the line of the wall clock."""
+    """The spans of one request. Their times are those of `time.monotonic`, moved to the wall clock by one offset."""
 
     def __init__(self, tracer: trace.Tracer, span: trace.Span, request_id: str) -> None:
         self._tracer = tracer

@@ -81,9 +81,9 @@ class UsageMetrics(Collector):
 
     The first `limit` tenants, and the first `limit` adapters, have a label of their own until the server ends. The
     others share the label `other`: a label that passed to another tenant would show wrong rates. Only requests that
-    were served are counted, so nobody can use the labels up by names that do not exist. Nor can a tenant by adapters
-    that do: one more of its adapters gets a label only while more labels are free than its adapters have. So one tenant
-    alone takes half of them, a second one half of the rest, and some are left for those who come later.
+    were served are counted, so names that do not exist take no label. Nor can one tenant take all labels for its
+    adapters: one more adapter of a tenant gets a label only while the free labels are more than those of the tenant's
+    adapters. So the first tenant takes half of the labels at most, the second half of the rest, and some stay free.
     """
 
     def __init__(self, limit: int) -> None:

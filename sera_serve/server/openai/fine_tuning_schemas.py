@@ -317,7 +317,7 @@ class JobQuery(QueryModel):
 class JobListQuery(JobQuery):
     """Query parameters of the list of jobs: also `metadata[KEY]=VALUE` for each pair that a job must have.
 
-    FastAPI reads no parameters of such names, so they are the extra ones, and every other extra one is refused.
+    FastAPI has no parameters with such names. So the model takes extra parameters, and refuses all but these.
     """
 
     model_config = ConfigDict(extra="allow")

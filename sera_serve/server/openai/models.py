@@ -139,8 +139,8 @@ def _part(context: RequestContext, after: str | None, limit: int) -> tuple[dict[
     for info in page.adapters:
         # One call for all of them would hold the interpreter's lock for too long.
         pause()
-        # An adapter with the base's name cannot be called by it: the name is the base's. As the `after` of the next
-        # page, it would begin the list again.
+        # An adapter with the base's name is left out: the name stands for the base. As the `after` of the next page,
+        # it would begin the list again.
         if info.adapter != context.engine.base.name:
             found[info.adapter] = _adapter(info, info.adapter).model_dump_json()
     return found, page.next

@@ -96,7 +96,7 @@ class Texts:
             task: What the prompt is for, or None for its tokens alone.
 
         Raises:
-            UnsupportedTask: The base or the adapter does not have the task; told before a missing template is.
+            UnsupportedTask: The base or the adapter does not have the task. It comes before `ChatTemplateMissing`.
             AdapterNotFound: There is no such adapter.
             ChatTemplateMissing, ChatTemplateFailed: There is no template, or it cannot be rendered.
             InvalidRequest: There are tools, and the template does not read them.
