@@ -15,6 +15,7 @@ from sera_serve.access import AccessDatabase, Shares
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.server import build_app
+from sera_serve.server.openai import job_events
 from support.answers import refused
 from support.live_server import live_server, wait_until
 from support.stub_engine import StubEngine
@@ -189,6 +190,19 @@ def test_a_share_that_has_ended_begins_no_waiting_job(base: FrozenBase, writer: 
         other = create(users["admin"], file, "acme/secret", adapter={"tenant": "beta"}).json()
         wait_until(lambda: held("admin", other["id"])["status"] == "running")
         users["admin"].post(f"{JOBS}/{other['id']}/cancel")
+
+
+def test_events_that_are_there_come_at_once(
+    users: dict[str, httpx.Client], base: FrozenBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_events, "_AT_ONCE", 1)
+    monkeypatch.setattr(job_events, "_LOOK_S", 60.0)
+    job = create(users["acme"], send(users["acme"], STORIES), base.name).json()["id"]
+    users["acme"].post(f"{JOBS}/{job}/cancel")
+    answer = users["acme"].get(f"{JOBS}/{job}/events?stream=true", timeout=20)
+    *events, done, _ = answer.text.split("\n\n")
+    assert len(events) == len(users["acme"].get(f"{JOBS}/{job}/events").json()["data"]) > 1
+    assert "Created" in events[0] and "cancelled" in events[-1] and done == "data: [DONE]"
 
 
 @pytest.mark.parametrize("becomes", ["revoked", "unknown"])

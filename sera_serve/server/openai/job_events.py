@@ -74,17 +74,18 @@ class JobEventStream(EventResponse):
         """Yield the events until the job has finished."""
         with self._streams.take(self._tenant):
             # Before the status is sent: the job may not be the caller's.
-            content, is_finished = await self._executor.run_in_turn(self._tenant, self._next)
+            content, has_more, is_finished = await self._executor.run_in_turn(self._tenant, self._next)
             silent = 0
             try:
-                while not is_finished:
+                while has_more or not is_finished:
                     yield content
                     silent = 0 if content else silent
-                    await asyncio.sleep(_LOOK_S)
+                    if not has_more:
+                        await asyncio.sleep(_LOOK_S)
                     if scope["app"].state.draining:
                         raise EngineUnavailable("the server is stopping; read the events when it is back")
                     self._caller.check_still_accepted()
-                    content, is_finished = await self._executor.run_in_turn(self._tenant, self._next)
+                    content, has_more, is_finished = await self._executor.run_in_turn(self._tenant, self._next)
                     silent += 1
                     if not content and silent >= _COMMENT_AFTER:
                         content = _COMMENT
@@ -96,12 +97,12 @@ class JobEventStream(EventResponse):
             self._ended = True
             yield content
 
-    def _next(self) -> tuple[bytes, bool]:
-        """The events since the last call, and whether no more will come. Blocks."""
+    def _next(self) -> tuple[bytes, bool, bool]:
+        """The events since the last call, whether there are more already, and whether the job has finished. Blocks."""
         # The status first: the events of a job's end are written with it.
         is_finished = self._jobs.get(self._job_id, self._tenant).is_finished
         events, has_more = self._jobs.events(self._job_id, self._tenant, self._seq, _AT_ONCE, oldest_first=True)
         if events:
             self._seq = events[-1].seq
         content = b"".join(encode_event(event_object(event).model_dump()) for event in events)
-        return content, is_finished and not has_more
+        return content, has_more, is_finished
