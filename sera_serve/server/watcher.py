@@ -79,7 +79,9 @@ class WatchedDirectory:
         self._absent: dict[str, int] = {}
         # The last refusal of each adapter that is tried again.
         self._refusals: dict[str, str] = {}
+        # What was complained of so far, and in the poll under way: a complaint whose reason lasts is not repeated.
         self._complaints: set[str] = set()
+        self._current: set[str] = set()
 
     def poll(self) -> tuple[list[str], list[str]]:
         """Look at the directory.
@@ -159,7 +161,7 @@ class WatchedDirectory:
         """
         found: dict[str, tuple[str, Signature | None]] = {}
         present: set[str] = set()
-        seen: set[str] = set()
+        self._current = set()
         unread: set[str] = set()
         devices = {"": self.root.stat().st_dev}
         with os.scandir(self.root) as tenants:
@@ -170,51 +172,46 @@ class WatchedDirectory:
             try:
                 devices[folder.name] = Path(folder.path).stat().st_dev
                 if not folder.is_dir():
-                    self._complain(
-                        seen, f"{folder.path} is left out: it lies in no tenant's folder; {self._move(folder)}"
-                    )
+                    self._complain(f"{folder.path} is left out: it lies in no tenant's folder; {self._move(folder)}")
                     continue
                 entries = sorted(os.scandir(folder.path), key=lambda entry: entry.name)
             except (FileNotFoundError, NotADirectoryError):
                 # It vanished between two calls.
                 continue
             except OSError as error:
-                self._complain(seen, f"{folder.path} cannot be read; what it held stays as it is: {error}")
+                self._complain(f"{folder.path} cannot be read; what it held stays as it is: {error}")
                 present.update(name for name in self._published if name.startswith(f"{folder.name}/"))
                 unread.add(folder.name)
                 continue
             if any(entry.name == CONFIG_FILE for entry in entries):
                 # Its weights alone would be published as an adapter of a tenant of that name.
-                self._complain(
-                    seen, f"{folder.path} is an adapter's folder, and should be a tenant's; {self._move(folder)}"
-                )
+                self._complain(f"{folder.path} is an adapter's folder, and should be a tenant's; {self._move(folder)}")
                 entries = [entry for entry in entries if entry.name not in (CONFIG_FILE, MODEL_FILE)]
                 # The weights may be an adapter that was there before.
                 present.add(f"{folder.name}/{_stem(MODEL_FILE)}")
             for entry in entries:
                 try:
-                    self._look_at(folder.name, entry, found, seen)
+                    self._look_at(folder.name, entry, found)
                 except OSError as error:
-                    self._complain(seen, f"{entry.path} cannot be read; its adapter stays as it is: {error}")
+                    self._complain(f"{entry.path} cannot be read; its adapter stays as it is: {error}")
                     # What is no directory any more may have been one.
                     unread.update(f"{folder.name}/{stem}" for stem in (entry.name, _stem(entry.name)))
         present |= unread | found.keys()
-        present |= self._unmounted(devices, self._published.keys() - present, seen)
+        present |= self._unmounted(devices, self._published.keys() - present)
         # A complaint whose reason is gone may come again.
-        self._complaints &= seen
+        self._complaints &= self._current
         return found, present, unread
 
     def _move(self, entry: os.DirEntry[str]) -> str:
         return f"move it to {self.root}/TENANT/{entry.name}"
 
-    def _unmounted(self, devices: dict[str, int], missing: set[str], seen: set[str]) -> set[str]:
+    def _unmounted(self, devices: dict[str, int], missing: set[str]) -> set[str]:
         """Those of the missing adapters that lay on a file system that is not there any more."""
         moved = {place for place, device in devices.items() if self._devices.get(place, device) != device}
         lost = {name for name in missing if not moved.isdisjoint(("", parse_adapter(name)[0]))}
         for place in sorted(moved):
             if names := sorted(name for name in lost if not place or name.startswith(f"{place}/")):
                 self._complain(
-                    seen,
                     f"{self.root / place} lies on another file system than before, so what it lacks stays as it is "
                     f"({names[0]}{' and more' * (len(names) > 1)}); mount it again, or start the server again",
                 )
@@ -222,9 +219,7 @@ class WatchedDirectory:
         self._devices = self._devices | devices
         return lost
 
-    def _look_at(
-        self, tenant: str, entry: os.DirEntry[str], found: dict[str, tuple[str, Signature | None]], seen: set[str]
-    ) -> None:
+    def _look_at(self, tenant: str, entry: os.DirEntry[str], found: dict[str, tuple[str, Signature | None]]) -> None:
         """Add an entry to `found`; raises OSError where it cannot be read."""
         if entry.name.startswith("."):
             return
@@ -232,21 +227,21 @@ class WatchedDirectory:
         if not entry.is_dir():
             stem = _stem(entry.name)
             if stem == entry.name:
-                self._complain(seen, f"{entry.path} is neither a directory nor {', '.join(_SUFFIXES)}")
+                self._complain(f"{entry.path} is neither a directory nor {', '.join(_SUFFIXES)}")
                 return
         name = f"{tenant}/{stem}"
         try:
             parse_adapter(name)
         except InvalidAdapterName as error:
-            self._complain(seen, f"{entry.path} is left out: {error.message}")
+            self._complain(f"{entry.path} is left out: {error.message}")
             return
         if name in found:
-            self._complain(seen, f"{entry.path} is left out: {found[name][0]} has the same name")
+            self._complain(f"{entry.path} is left out: {found[name][0]} has the same name")
             return
         found[name] = (entry.path, _signature(entry.path))
 
-    def _complain(self, seen: set[str], message: str) -> None:
-        seen.add(message)
+    def _complain(self, message: str) -> None:
+        self._current.add(message)
         if message not in self._complaints:
             self._complaints.add(message)
             logger.warning("%s", message)
