@@ -177,9 +177,8 @@ class Account:
         self._count_rows("embedded", [(result, len(result.vectors), sum(result.prompt_tokens))])
 
     def count_refusal(self, code: str) -> None:
-        """Count a generation that failed after its stream had begun. `code` is an error code of the server."""
+        """Count a generation that was refused or ended after its stream had begun; see `ServerMetrics`."""
         self._metrics.count_refusal(code)
-        self._record.code = code
 
     def _observe_load(self, began: float | None, seconds: float) -> None:
         """Record when an adapter began to load for the request, and how long that took; None if it was there."""

@@ -75,6 +75,8 @@ class ErrorResponse(BaseModel):
 # same conflict (409), take as long (504), or find the disk as full (507).
 SHOULD_RETRY = "x-should-retry"
 REPEATED_IN_VAIN = (409, 504, 507)
+# What the metrics count as refusals: overload, a deadline, a stopped engine.
+COUNTED_STATUSES = (429, 503, 504)
 
 
 class BodyTooLarge(SeraServeError):
@@ -214,7 +216,7 @@ def _forgetting(handle: _Handler) -> _Handler:
 
 async def _typed(request: Request, error: Exception) -> Response:
     failure = cast(SeraServeError | StoreError, error)
-    if failure.status in (429, 503, 504):
+    if failure.status in COUNTED_STATUSES:
         request.app.state.metrics.count_refusal(failure.code)
     return error_response(error, request.state.request_id)
 

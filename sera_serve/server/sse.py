@@ -16,7 +16,7 @@ from sera_serve.engine import GenerationResult, GenerationStream, TokenDelta
 from sera_serve.errors import EngineUnavailable
 from sera_serve.server.accounting import Account
 from sera_serve.server.disconnect import ClientDisconnected, cancel_on_disconnect
-from sera_serve.server.errors import CLIENT_CLOSED_CODE, describe, forget_frames, note_code
+from sera_serve.server.errors import CLIENT_CLOSED_CODE, COUNTED_STATUSES, describe, forget_frames, note_code
 from sera_serve.server.loop_watch import measured_with_request
 from sera_serve.server.methods import HEADERS_ONLY
 
@@ -156,7 +156,10 @@ class EventStream(EventResponse):
             except Exception as error:  # noqa: BLE001 - the status 200 is sent already: the error becomes an event and a log line
                 error_status, content, _ = describe(error, scope["state"]["request_id"])
                 forget_frames(error, error_status)
-                self._account.count_refusal(content["error"]["code"])
+                code = content["error"]["code"]
+                note_code(scope, code)
+                if error_status in COUNTED_STATUSES:
+                    self._account.count_refusal(code)
                 last = writer.failed(content)
             self._ended = True
             yield last

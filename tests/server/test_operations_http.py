@@ -13,7 +13,16 @@ from sera_serve.jobs import JobStatus
 from sera_serve.server import metrics
 from support.answers import refused
 from support.live_server import wait_until
-from support.stub_engine import FLOODING, LATE, LATE_LATER, OVERLOADED, TOO_LONG, StubEngine
+from support.stub_engine import (
+    CRASHES_LATER,
+    FLOODING,
+    GONE_LATER,
+    LATE,
+    LATE_LATER,
+    OVERLOADED,
+    TOO_LONG,
+    StubEngine,
+)
 
 
 def samples(client: httpx.Client) -> dict[str, float]:
@@ -119,6 +128,16 @@ def test_metrics_count_requests_and_tokens_by_bounded_labels(client: httpx.Clien
     assert now["sera_preemptions_total"] == 3
     assert now['sera_training_jobs{status="running"}'] == 0
     assert (now['sera_cache_pages{state="in_use"}'], now['sera_cache_pages{state="total"}']) == (5, 8)
+
+
+def test_a_stream_that_fails_of_itself_is_no_refusal(client: httpx.Client) -> None:
+    def refusals() -> dict[str, float]:
+        return {name: count for name, count in samples(client).items() if name.startswith("sera_refusals_total")}
+
+    before = refusals()
+    for prompt in (CRASHES_LATER, GONE_LATER):
+        assert '"error"' in client.post("/v1/generate", json={"prompt": prompt, "stream": True}).text
+    assert refusals() == before
 
 
 def test_a_database_that_is_locked_holds_up_no_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
