@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import logging
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -39,6 +40,12 @@ from sera_serve.server.router_metrics import RouterMetrics
 from sera_serve.server.tracing import Tracing, telemetry_config, tracing_of
 from sera_serve.server.training import Training
 from sera_serve.server.watcher import watching
+from sera_serve.threads import in_background
+
+logger = logging.getLogger("sera_serve.server")
+
+# A locked database holds a part of the server for 10 seconds.
+_END_S = 15.0
 
 
 def build_app(
@@ -82,11 +89,11 @@ def build_app(
         finally:
             executors.close()
             texts.close()
-            await asyncio.to_thread(training.close)
-            await asyncio.to_thread(engine.stop)
-            await asyncio.to_thread(access.stop)
+            await ended(training.close, "training jobs")
+            await ended(engine.stop, "the engine")
+            await ended(access.stop, "the keys")
             if tracing is not None:
-                await asyncio.to_thread(tracing.close)
+                await ended(tracing.close, "traces")
             audit.close()
 
     tracing = tracing or tracing_of(settings)
@@ -147,6 +154,16 @@ def build_app(
     watch, log, turns = app.state.loop_watch, RequestLog(settings), engine.loop_turns
     app.add_middleware(RequestLifecycle, metrics=metrics, watch=watch, log=log, turns=turns, tracing=tracing)
     return app
+
+
+async def ended(stop: Callable[[], None], name: str) -> None:
+    """End a part of the server, or leave it: a disk that never answers must not keep the process from ending."""
+    stopping = asyncio.wrap_future(in_background(stop, f"end of {name}"))
+    done, _ = await asyncio.wait([stopping], timeout=_END_S)
+    if done:
+        stopping.result()
+    else:
+        logger.error("%s did not end within %g s; the disk of the store may not answer", name, _END_S)
 
 
 def check_settings(settings: ServeSettings) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -17,9 +18,11 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from transformers import LlamaForCausalLM
 
 from adapters_store import AdapterStore
+from sera_serve.access import AccessControl
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
+from sera_serve.server import app as app_module
 from sera_serve.server import build_app, protocol
 from support.answers import events, refused
 from support.live_server import GRACE_S, live_server, wait_until
@@ -113,6 +116,26 @@ def test_a_request_that_waits_for_no_engine_gets_the_error_too(base: FrozenBase,
         wait_until(lambda: bool(app.state.engine.asked))
         end()
         refused(asked.result(10), 503, "engine_unavailable")
+
+
+def test_a_part_that_waits_for_the_disk_does_not_hold_the_end(
+    base: FrozenBase, store: AdapterStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(AccessControl, "stop", lambda access: answers.wait(20))
+    monkeypatch.setattr(app_module, "_END_S", 0.1)
+    engine = StubEngine(base)
+
+    async def serve() -> None:
+        app = build_app(engine, store, ServeSettings(store=store.root))
+        async with app.router.lifespan_context(app):
+            pass
+
+    began = time.monotonic()
+    asyncio.run(serve())
+    answers.set()
+    assert time.monotonic() - began < 15
+    assert not engine.started and "the keys did not end within" in caplog.text
 
 
 def test_a_request_in_flight_finishes_within_the_grace_time(base: FrozenBase, store: AdapterStore) -> None:
