@@ -29,6 +29,7 @@ class LoopTurns:
         self._short_since: float | None = None
         # By owner; the owner whose turn is next comes first.
         self._waiting: dict[Hashable, deque[asyncio.Future[None]]] = {}
+        self._short_waiting: dict[Hashable, deque[asyncio.Future[None]]] = {}
 
     @asynccontextmanager
     async def turn(self, owner: Hashable) -> AsyncIterator[None]:
@@ -56,17 +57,38 @@ class LoopTurns:
         finally:
             loop.call_soon(self._rest, began)
 
-    def has_time(self) -> bool:
-        """Whether short work may be done now. Else it takes a turn: in this turn of the event loop much was done.
+    async def short_turn(self, owner: Hashable) -> None:
+        """Return when a piece of short work may be done, in what follows up to the next suspension of the task.
 
-        256 requests that come at once take a third of a millisecond or more each.
+        That is at once, unless others wait, or much was done in this turn of the event loop: 256 requests that come at
+        once take a third of a millisecond or more each. Who waits has a turn of the loop of its own, the owners in
+        turn, before anyone who comes later: without a pause, later ones would fill every turn of the loop.
         """
+        if not self._short_waiting and self._has_time():
+            return
+        loop = asyncio.get_running_loop()
+        if not self._short_waiting:
+            loop.call_soon(self._next_short)
+        granted = loop.create_future()
+        self._short_waiting.setdefault(owner, deque()).append(granted)
+        await granted
+
+    def _has_time(self) -> bool:
+        """Whether more short work may be done in this turn of the event loop."""
         now = time.monotonic()
         if self._short_since is None:
             self._short_since = now
             # Until the next turn of the event loop begins.
             asyncio.get_running_loop().call_soon(setattr, self, "_short_since", None)
         return now - self._short_since < _AT_ONCE_S
+
+    def _next_short(self) -> None:
+        """Let the next one do its short work in the next turn of the event loop."""
+        granted = _first(self._short_waiting)
+        if granted is not None:
+            granted.set_result(None)
+        if self._short_waiting:
+            asyncio.get_running_loop().call_soon(self._next_short)
 
     def _rest(self, began: float) -> None:
         self._worked_s += time.monotonic() - began
@@ -78,16 +100,22 @@ class LoopTurns:
 
     def _next(self) -> None:
         """Give the turn to the next owner who waits."""
-        self._is_taken = False
-        for owner in list(self._waiting):
-            waiting = self._waiting.pop(owner)
-            while waiting and not self._is_taken:
-                granted = waiting.popleft()
-                if not granted.done():
-                    granted.set_result(None)
-                    self._is_taken = True
-            if waiting:
-                # Behind the other owners.
-                self._waiting[owner] = waiting
-            if self._is_taken:
-                return
+        granted = _first(self._waiting)
+        self._is_taken = granted is not None
+        if granted is not None:
+            granted.set_result(None)
+
+
+def _first(waiting: dict[Hashable, deque[asyncio.Future[None]]]) -> asyncio.Future[None] | None:
+    """Take out the first future of the owner whose turn is next, or None if all who waited have left."""
+    while waiting:
+        owner = next(iter(waiting))
+        own = waiting.pop(owner)
+        while own:
+            granted = own.popleft()
+            if not granted.done():
+                if own:
+                    # Behind the other owners.
+                    waiting[owner] = own
+                return granted
+    return None

@@ -28,6 +28,7 @@ async def written(pieces: Iterable[str], turns: LoopTurns, owner: Hashable) -> b
     # A long answer is there once: joined text by text, it would be there twice.
     content = io.BytesIO()
     left = iter(pieces)
+    await turns.short_turn(owner)
     is_whole = _write_slice(left, content)
     while not is_whole:
         async with turns.turn(owner):

@@ -89,11 +89,7 @@ class RequestLifecycle:
             await send(message)
 
         try:
-            turns = self.turns()
-            if not turns.has_time():
-                async with turns.turn(_sender_of(scope)):
-                    # The request begins with what follows, up to its first suspension.
-                    pass
+            await self.turns().short_turn(_sender_of(scope))
             await self.app(scope, self.log.listen(receive, body), send_with_id)
         except Exception as error:
             if status:

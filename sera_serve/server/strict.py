@@ -104,9 +104,11 @@ class StrictRequest(Request):
         """Return the body's JSON value. FastAPI turns a json.JSONDecodeError into a validation error of its message."""
         body = await self.body()
         turns: LoopTurns = self.app.state.engine.loop_turns()
-        if len(body) <= _SHORT_BODY and turns.has_time():
+        owner = caller_of(self).owner
+        if len(body) <= _SHORT_BODY:
+            await turns.short_turn(owner)
             return self._parsed(body)
-        async with turns.turn(caller_of(self).owner):
+        async with turns.turn(owner):
             return self._parsed(body)
 
     def _parsed(self, body: bytes) -> Any:

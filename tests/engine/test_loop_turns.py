@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -133,17 +134,47 @@ def test_a_rest_comes_after_some_milliseconds_of_pieces(monkeypatch: pytest.Monk
     assert rests == pytest.approx([0.006, 0.021])
 
 
-def test_short_work_has_time_at_the_beginning_of_each_turn_of_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock(monkeypatch)
+def test_short_work_is_done_at_once_until_much_was_done_in_this_turn_of_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock, log = Clock(monkeypatch), list[str]()
+
+    async def short(turns: LoopTurns, owner: str) -> None:
+        await turns.short_turn(owner)
+        log.append(owner)
+        clock.now += 0.004
 
     async def main() -> None:
         turns = LoopTurns()
         for _ in range(2):
-            found = []
-            for _ in range(4):
-                found.append(turns.has_time())
-                clock.now += 0.004
-            assert found == [True, True, True, False]
+            asked = [asyncio.create_task(short(turns, owner)) for owner in "abcddef"]
+            await asyncio.sleep(0)
+            assert log == ["a", "b", "c"]
+            # This one's turn does not come, and nobody waits for it.
+            asked[5].cancel()
+            asked.append(asyncio.create_task(short(turns, "g")))
+            await asyncio.wait(asked)
+            # One in a turn of the loop, the owners in turn. Who comes later is no earlier.
+            assert log == ["a", "b", "c", "d", "f", "d", "g"]
+            log.clear()
             await asyncio.sleep(0)
 
     asyncio.run(main())
+
+
+def test_nobody_waits_for_those_who_come_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, done = Clock(monkeypatch), Counter[int]()
+
+    async def client(turns: LoopTurns, number: int) -> None:
+        while done.total() < 2000:
+            await turns.short_turn(number)
+            clock.now += 0.001
+            done[number] += 1
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        turns = LoopTurns()
+        await asyncio.gather(*(client(turns, number) for number in range(40)))
+
+    asyncio.run(main())
+    assert min(done.values()) > 40

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from sera_serve import loop_turns
 from sera_serve.base import Span
 from sera_serve.engine import ClassifyResult, TokenLogprobs
 from sera_serve.engine.results import HeadResult, LabelScores, LabelSet, Score, Spans
@@ -67,6 +68,36 @@ def test_an_answer_waits_for_the_turns_of_others() -> None:
         patch.setattr(long_answers, "_SLICE_S", 0.0)
         asyncio.run(main())
     assert log == ["a", "a", "b", "a", "b", "a", "b", "b"]
+
+
+def test_many_answers_that_are_ready_at_once_are_not_begun_in_one_turn_of_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 0.0
+    for module in (long_answers, loop_turns):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    log: list[str] = []
+
+    def pieces() -> Iterator[str]:
+        nonlocal now
+        now += 0.0019
+        log.append("answer")
+        yield "x"
+
+    async def others() -> None:
+        while True:
+            log.append("others")
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        turns = LoopTurns()
+        beside = asyncio.create_task(others())
+        await asyncio.gather(*(written(pieces(), turns, "a") for _ in range(30)))
+        beside.cancel()
+
+    asyncio.run(main())
+    stretches = [stretch.count("answer") for stretch in " ".join(log).split("others")]
+    assert (max(stretches), sum(stretches)) == (6, 30)
 
 
 SPANS = Spans([Span(0, 4, "name", 0.5, "Zoë?"), Span(5, 9, 'pl"ace', 0.25, "a\nb")], True)
