@@ -181,7 +181,7 @@ class RowCalls(ABC):
             resolved = await self._resolving.run(resolve)
             return [RowGroup(resolved, await self._mixed_rows(resolved, inputs, images, texts, held))]
 
-        results, (group,), times = await self._run_rows(call, groups, timeout_s, received_at, charge)
+        (results,), (group,), times = await self._run_rows(call, groups, timeout_s, received_at, charge)
         vectors = cast(list[NDArray[np.float32]], results)
         prompt_tokens = [len(row) for row in group.rows]
         if group.adapter is None:
@@ -227,11 +227,7 @@ class RowCalls(ABC):
             return [RowGroup(adapter, own) for adapter, own in zip(adapters, rows, strict=True)]
 
         results, found, times = await self._run_rows(call, groups, timeout_s, received_at, charge)
-        scores = partial(_scores, found, results, times)
-        if any(row.window is not None for group in found for row in group.rows):
-            # The spans of long texts: 32,768 tokens kept the event loop for 0.05 s of processor time.
-            return await self._tokenizing.run_in_turn(call.tenant, scores)
-        return scores()
+        return [_scores(group, own, times) for group, own in zip(found, results, strict=True)]
 
     async def _resolved_and_tokenized(
         self, tenant: str, resolve: Callable[[], R], tokenize: Callable[[R], list[RowGroup]], is_long: bool
@@ -268,8 +264,8 @@ class RowCalls(ABC):
         timeout_s: float | None,
         received_at: float | None,
         charge: Charge | None,
-    ) -> tuple[list[RowResult], list[RowGroup], RowTimes]:
-        """Run the rows of a call: their results in order, their groups, and what the first of them waited for."""
+    ) -> tuple[list[list[RowResult]], list[RowGroup], RowTimes]:
+        """Run the rows of a call: the results of each group, the groups, and what the first part waited for."""
         runner = self._runner("classify")
         limits = self._time_limits(received_at, timeout_s)
         reader = cast(EventReader, call.reader)
@@ -284,7 +280,9 @@ class RowCalls(ABC):
                         parts = split_call(call, groups, self.settings.classify_max_batch, self.settings.batch_tokens)
                         runner.scheduler.submit(parts)
                     await any_started(parts, reader)
-                await _finished(parts, reader, limits.deadline)
+                async with _in_time(limits.deadline):
+                    await _finished(parts, reader)
+                    results = await self._results(call.tenant, groups, parts)
             except BaseException:
                 # To its end: a client that leaves may cancel this call twice.
                 await asyncio.shield(asyncio.ensure_future(self._give_up(runner, call.tenant, parts)))
@@ -294,14 +292,24 @@ class RowCalls(ABC):
                     # Of a part that is given up while it runs, all rows: some of them are computed.
                     charge(sum(part.prompt_tokens for part in parts if part.started_at is not None))
             self._admission.release(call, served=True)
-        results: dict[int, RowResult | None] = {}
-        for part in parts:
-            results.update(zip(part.positions, part.results, strict=True))
         began, load_s = min(
             ((part.load_began, part.load_s) for part in parts if part.load_began is not None), default=(None, 0.0)
         )
         times = RowTimes(waited_s=min(part.waited_s for part in parts), load_began=began, load_s=load_s)
-        return [result for _, result in sorted(results.items()) if result is not None], groups, times
+        return results, groups, times
+
+    async def _results(
+        self, tenant: str, groups: Sequence[RowGroup], parts: Sequence[ClassificationRequest]
+    ) -> list[list[RowResult]]:
+        """The results of each group, in the order of its inputs, from those of the parts of a call."""
+        found: dict[int, RowResult | None] = {}
+        for part in parts:
+            found.update(zip(part.positions, part.results, strict=True))
+        join = partial(_joined, groups, [result for _, result in sorted(found.items()) if result is not None])
+        if any(row.window is not None for group in groups for row in group.rows):
+            # The spans of long texts: 32,768 tokens kept the event loop for 0.05 s of processor time.
+            return await self._tokenizing.run_in_turn(tenant, join)
+        return join()
 
     def _check_parts(self, call: ClassificationRequest, waiting: int, adapters: int) -> None:
         """Refuse a call beside too many waiting parts of its tenant; raises TenantOverloaded."""
@@ -347,22 +355,26 @@ class RowCalls(ABC):
     def _mailbox_here(self) -> Mailbox: ...
 
 
-def _scores(groups: Sequence[RowGroup], results: Sequence[RowResult], times: RowTimes) -> list[ClassifyResult]:
+def _joined(groups: Sequence[RowGroup], results: Sequence[RowResult]) -> list[list[RowResult]]:
     following = iter(results)
-    scores = []
-    for group in groups:
-        assert group.adapter is not None
-        own = list(islice(following, len(group.rows)))
-        scores.append(
-            ClassifyResult(
-                adapter=group.adapter.adapter,
-                version=group.adapter.version or None,
-                results=cast(list[HeadResult], list(joined_windows(own, group.rows, group.adapter.labels or ()))),
-                prompt_tokens=sum(map(len, group.rows)),
-                **vars(times),
-            )
-        )
-    return scores
+    return [
+        list(joined_windows(list(islice(following, len(group.rows))), group.rows, _labels(group))) for group in groups
+    ]
+
+
+def _labels(group: RowGroup) -> Sequence[str]:
+    return () if group.adapter is None else group.adapter.labels or ()
+
+
+def _scores(group: RowGroup, results: list[RowResult], times: RowTimes) -> ClassifyResult:
+    assert group.adapter is not None
+    return ClassifyResult(
+        adapter=group.adapter.adapter,
+        version=group.adapter.version or None,
+        results=cast(list[HeadResult], results),
+        prompt_tokens=sum(map(len, group.rows)),
+        **vars(times),
+    )
 
 
 async def any_started(parts: Sequence[Request], reader: EventReader) -> None:
@@ -376,19 +388,25 @@ async def any_started(parts: Sequence[Request], reader: EventReader) -> None:
         await reader.wait()
 
 
-async def _finished(parts: Sequence[Request], reader: EventReader, deadline: float | None) -> None:
-    """Wait until every part is served; raises the first error, or DeadlineExceeded."""
+async def _finished(parts: Sequence[Request], reader: EventReader) -> None:
+    """Wait until every part is served; raises the first error."""
+    while True:
+        # Of any part: one that has failed ends the call, and what the others would still compute.
+        for part in parts:
+            if part.error is not None:
+                raise part.error
+        if all(part.is_finished for part in parts):
+            return
+        await reader.wait()
+
+
+@asynccontextmanager
+async def _in_time(deadline: float | None) -> AsyncIterator[None]:
+    """End what the block waits for at the deadline; raises DeadlineExceeded."""
     scope = asyncio.timeout_at(deadline)
     try:
         async with scope:
-            while True:
-                # Of any part: one that has failed ends the call, and what the others would still compute.
-                for part in parts:
-                    if part.error is not None:
-                        raise part.error
-                if all(part.is_finished for part in parts):
-                    return
-                await reader.wait()
+            yield
     except TimeoutError:
         # A disk's own time limit, in the load of a later part, is another matter.
         if not scope.expired():

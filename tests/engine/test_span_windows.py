@@ -17,7 +17,7 @@ from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase, preprocess
 from sera_serve.base.spans import Span, bio_tags, encode_tags
 from sera_serve.engine import Principal, Score, ServingEngine, Spans, row_calls
-from sera_serve.errors import InvalidRequest
+from sera_serve.errors import DeadlineExceeded, InvalidRequest
 from sera_serve.layers import attach_layers, detach_adapter
 from sera_serve.sera_config import SeraConfig
 from sera_serve.trainer.data.labelled import Examples
@@ -26,7 +26,7 @@ from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tables.faults import Row
 from sera_serve.trainer.tasks import TokenClassifyTask
 from sera_serve.trainer.tasks.token_classify import span_metrics
-from support.engine import classify
+from support.engine import classify, settled, until
 from support.factories import byte_tokenizer, random_decoder, random_encoder
 from support.head_tasks import regressor, span_finder
 from support.span_windows import owner_of, spans_by_hand, windows_of
@@ -164,6 +164,35 @@ def test_the_spans_of_long_texts_are_joined_beside_the_event_loop(
     for text in (text_of(200), text_of(9)):
         asyncio.run(classify(engine, "acme/spans", [text]))
     assert names == ["tokenizing", threading.current_thread().name]
+
+
+def test_a_call_whose_spans_are_not_joined_yet_is_in_flight_and_has_its_deadline(
+    store: AdapterStore, start_engine: Start
+) -> None:
+    base = random_decoder()
+    store.publish(span_finder(base, 3, max_length=16), "acme/spans")
+    engine = start_engine(base, store)
+    free = threading.Event()
+
+    async def main() -> None:
+        # Long texts of others have all threads.
+        others = [asyncio.ensure_future(engine._tokenizing.run(free.wait)) for _ in range(2)]
+        call = asyncio.ensure_future(classify(engine, "acme/spans", [text_of(200)]))
+        await until(lambda: engine._tokenizing.calls() == 3)
+        assert engine.waiting() + engine.running() == 0
+        assert engine.in_flight("acme") == 1
+        with pytest.raises(DeadlineExceeded):
+            await engine.classify("acme/spans", [text_of(200)], Principal("acme"), timeout_s=0.5)
+        assert engine.in_flight("acme") == 1
+        free.set()
+        assert len((await call).results) == 1
+        await asyncio.gather(*others)
+        await settled(engine)
+
+    try:
+        asyncio.run(main())
+    finally:
+        free.set()
 
 
 def test_a_window_knows_that_a_span_began_before_it() -> None:
