@@ -122,7 +122,7 @@ class ServingEngine(RowCalls):
             generation = GenerationRunner(*self._serving_copy(), self._scheduler(), self._memory, settings)
             self.runners["generate"] = generation
             self.context_tokens = min(base.max_length, generation.cache_tokens)
-            self._prompts = PromptMaker(self._preprocessor, self._tokenizing, self.context_tokens)
+            self._prompts = PromptMaker(self._preprocessor, self._tokenizing, self.loop_turns, self.context_tokens)
 
     def start(self) -> None:
         """Start the runners' threads."""
@@ -456,9 +456,6 @@ class ServingEngine(RowCalls):
         params = groups[0][0].params
         prompts: list[array[int]] = []
         for index, group in enumerate(groups):
-            if prompts:
-                # Short prompts are tokenized here. Many in a row would keep the event loop.
-                await asyncio.sleep(0)
             with _placed(index if len(groups) > 1 else None):
                 prompts.append(await self._prompts.tokens(group[0].params, principal.tenant))
         adapter = None

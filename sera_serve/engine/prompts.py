@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import asyncio
 from array import array
+from collections.abc import Callable
 
-from sera_serve.base.preprocess import LONG_CHARACTERS, Preprocessor
+from sera_serve.base.preprocess import Preprocessor
 from sera_serve.engine.request import GenerateParams
 from sera_serve.errors import PromptTooLong
+from sera_serve.loop_turns import LoopTurns
 from sera_serve.threads import BoundedExecutor
-
-# Characters that a tokenizer reads in the time that the call itself takes.
-_CHARACTERS_A_CALL = 100
 
 
 class PromptMaker:
     """Makes tokens of prompts: of short ones on the event loop, of long ones on threads, in turn by tenant.
 
-    Of short ones that come in one turn of the loop, as many are made there as one long text would take: 256 texts of
-    2,000 characters that came at once kept the loop for a second.
+    256 texts of 2,000 characters that came at once kept the loop for a second: they take turns. On the threads, they
+    would wait for the long texts of their tenant.
     """
 
-    def __init__(self, preprocessor: Preprocessor, tokenizing: BoundedExecutor, context: int) -> None:
+    def __init__(
+        self, preprocessor: Preprocessor, tokenizing: BoundedExecutor, turns: Callable[[], LoopTurns], context: int
+    ) -> None:
         """Prepare.
 
         Args:
             preprocessor: The base's.
-            tokenizing: Tokenizes long prompts.
-            context: The most tokens of one request, prompt and answer together.
+            tokenizing: Threads for long prompts.
+            turns: Those of the running event loop.
+            context: Most tokens of a prompt and its answer together.
         """
         self._preprocessor = preprocessor
         self._tokenizing = tokenizing
+        self._turns = turns
         self._context = context
-        # Characters that were tokenized in this turn of the event loop.
-        self._tokenized = 0
 
     async def tokens(self, params: GenerateParams, tenant: str) -> array[int]:
         """The prompt's tokens, int32.
@@ -53,27 +53,13 @@ class PromptMaker:
                 param="prompt",
             )
         arguments = params.prompt, params.token_ids, params.add_special_tokens
-        if preprocessor.is_long(params.prompt, params.token_ids) or self._is_one_too_many(params.prompt):
+        if preprocessor.is_long(params.prompt, params.token_ids):
             tokens = await self._tokenizing.run_in_turn(tenant, preprocessor.prompt, *arguments)
         else:
+            await self._turns().short_turn(tenant)
             tokens = preprocessor.prompt(*arguments)
         self._check_context(len(tokens), params)
         return array("i", tokens)
-
-    def _is_one_too_many(self, text: str | None) -> bool:
-        """Whether this turn of the event loop has tokenized enough; else count a text. Token ids take no time."""
-        if text is None:
-            return False
-        cost = _CHARACTERS_A_CALL + len(text)
-        if self._tokenized and self._tokenized + cost > LONG_CHARACTERS:
-            return True
-        if not self._tokenized:
-            asyncio.get_running_loop().call_soon(self._begin_turn)
-        self._tokenized += cost
-        return False
-
-    def _begin_turn(self) -> None:
-        self._tokenized = 0
 
     def _check_context(self, tokens: int, params: GenerateParams) -> None:
         room = max(0, self._context - tokens)

@@ -1,66 +1,78 @@
-"""Many short prompts that come at once: some are tokenized on the event loop, and the others on threads."""
+"""Many short prompts that come at once: they are tokenized on the event loop, in turns, whatever long ones wait."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from sera_serve.base.preprocess import LONG_CHARACTERS, Preprocessor
+from sera_serve import loop_turns
+from sera_serve.base.preprocess import Preprocessor
 from sera_serve.engine import GenerateParams
 from sera_serve.engine.prompts import PromptMaker
+from sera_serve.loop_turns import LoopTurns
 from sera_serve.threads import BoundedExecutor
+
+LONG = "a long text"
 
 
 class Tokenizer:
-    """Notes the thread of each call."""
+    """Takes 4 ms for each prompt; a long one waits for the test."""
 
-    longest_token = 10
-
-    def __init__(self) -> None:
-        self.on_loop: list[bool] = []
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.log: list[str] = []
+        self.may_end = threading.Event()
+        monkeypatch.setattr(loop_turns, "time", SimpleNamespace(monotonic=lambda: self.now))
 
     def max_characters(self, tokens: int) -> int:
-        return self.longest_token * tokens
+        return tokens
 
     def is_long(self, text: str | None, token_ids: Sequence[int] | None) -> bool:
-        return False
+        return text == LONG
 
-    def prompt(self, *arguments: Any) -> list[int]:
-        self.on_loop.append(threading.current_thread() is threading.main_thread())
+    def prompt(self, text: str | None, token_ids: Sequence[int] | None, *rest: Any) -> list[int]:
+        is_loop = threading.current_thread() is threading.main_thread()
+        assert is_loop == (text != LONG)
+        if not is_loop:
+            assert self.may_end.wait(20)
+            return [1]
+        self.now += 0.004
+        self.log.append("prompt")
         return [1, 2]
 
 
-@pytest.mark.parametrize(("characters", "most"), [(1, 39), (900, 4), (LONG_CHARACTERS // 2, 1), (LONG_CHARACTERS, 1)])
-def test_one_turn_of_the_loop_tokenizes_no_more_than_one_long_text_takes(characters: int, most: int) -> None:
-    tokenizer = Tokenizer()
-    executor = BoundedExecutor("tokenizing", 2, 1024)
-    maker = PromptMaker(cast(Preprocessor, tokenizer), executor, 1000)
-    params = GenerateParams(prompt="x" * characters, max_new_tokens=1)
+@pytest.mark.parametrize("params", [GenerateParams(prompt="x"), GenerateParams(token_ids=[1] * 900)])
+def test_short_prompts_take_turns_and_wait_for_no_long_one(
+    params: GenerateParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = Tokenizer(monkeypatch)
+    executor, turns = BoundedExecutor("tokenizing", 2, 1024), LoopTurns()
+    maker = PromptMaker(cast(Preprocessor, tokenizer), executor, lambda: turns, 1000)
 
-    async def main() -> None:
-        for _ in range(2):
-            tokenizer.on_loop.clear()
-            found = await asyncio.gather(*(maker.tokens(params, "acme") for _ in range(60)))
-            assert [list(tokens) for tokens in found] == [[1, 2]] * 60
-            assert tokenizer.on_loop.count(True) == most
-            # The next turn begins anew.
+    async def others() -> None:
+        while True:
+            tokenizer.log.append("others")
             await asyncio.sleep(0)
 
-    asyncio.run(main())
-    executor.close()
-
-
-def test_token_ids_are_checked_on_the_loop() -> None:
-    tokenizer = Tokenizer()
-    maker = PromptMaker(cast(Preprocessor, tokenizer), BoundedExecutor("tokenizing", 2, 0), 1000)
-    params = GenerateParams(token_ids=[1] * 900, max_new_tokens=1)
-
     async def main() -> None:
-        await asyncio.gather(*(maker.tokens(params, "acme") for _ in range(60)))
+        long = [asyncio.ensure_future(maker.tokens(GenerateParams(prompt=LONG), "acme")) for _ in range(4)]
+        beside = asyncio.create_task(others())
+        found = await asyncio.gather(*(maker.tokens(params, "acme") for _ in range(30)))
+        assert [list(tokens) for tokens in found] == [[1, 2]] * 30
+        beside.cancel()
+        tokenizer.may_end.set()
+        await asyncio.gather(*long)
 
-    asyncio.run(main())
-    assert tokenizer.on_loop == [True] * 60
+    try:
+        asyncio.run(main())
+    finally:
+        tokenizer.may_end.set()
+        executor.close()
+    stretches = [stretch.count("prompt") for stretch in " ".join(tokenizer.log).split("others")]
+    # The first 10 ms, and then one in each turn of the event loop.
+    assert sorted(stretches, reverse=True)[:2] == [3, 1] and sum(stretches) == 30
