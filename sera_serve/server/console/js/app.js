@@ -42,7 +42,7 @@ function App() {
 function Shell({ me }) {
   const { parts } = useStore(route);
   const [isMenuOpen, setMenuOpen] = useState(false);
-  const name = VIEWS[parts[0]] ? parts[0] : "adapters";
+  const name = Object.hasOwn(VIEWS, parts[0]) ? parts[0] : "adapters";
   const view = VIEWS[name];
   const isAllowed = (each) => VIEWS[each].scope === null || may(me, VIEWS[each].scope);
   const main = useRef(null);

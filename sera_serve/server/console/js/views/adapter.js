@@ -29,6 +29,7 @@ export function Adapter({ me, tenant, name }) {
   const reload = () => {
     detail.reload();
     history.reload();
+    traffic.reload();
   };
   const changed = (text) => {
     notify(text);
@@ -52,7 +53,7 @@ export function Adapter({ me, tenant, name }) {
       ${canChange && (info || isDamaged) && html`<${Button} icon="trash" kind="quiet danger-text"
         onClick=${() => setDialog({ kind: "delete" })}>Delete<//>`}
     <//>
-    <${ErrorNote} error=${detail.error} retry=${reload} />
+    <${ErrorNote} error=${detail.error ?? traffic.error} retry=${reload} />
     ${isDamaged && html`<p class="help">What the store holds of it cannot be read: no list has it, and no request gets it. It
       answers again when the operator has brought its files back. ${canChange && "It can be deleted."}</p>`}
     <${ErrorNote} error=${pin.error} />
@@ -104,7 +105,8 @@ function Versions(props) {
   // lets Preact put `Shares` at the top of the page.
   return html`<section aria-labelledby="versions-title" hidden=${props.isTold}>
     <h2 id="versions-title">Versions</h2>
-    ${data ? html`<${VersionList} ...${props} />` : !props.isTold && html`<${ErrorNote} error=${error} retry=${reload} />`}
+    <${ErrorNote} error=${props.isTold ? null : error} retry=${reload} />
+    ${data && html`<${VersionList} ...${props} />`}
     ${!data && loading && html`<${Loading} />`}
   </section>`;
 }
@@ -166,7 +168,7 @@ function RunCard({ card }) {
 
 function AliasDialog({ url, id, version, alias: given, aliases, onClose, onDone }) {
   const [alias, setAlias] = useState(given ?? "");
-  const moved = alias && aliases[alias];
+  const moved = Object.hasOwn(aliases, alias) && aliases[alias];
   const action = useAction(async () => {
     await send("PUT", `${url}${path`/aliases/${alias.trim()}`}`, { version });
     onDone(`${alias.trim()} now points to version ${version}.`);
@@ -232,7 +234,8 @@ function Shares({ url, tenant }) {
       ${isPublic === "no" && html`<${TextField} label="Tenant" value=${other} onValue=${setOther} placeholder="tenant" />`}
       <${Button} type="submit" icon="share" busy=${change.busy} disabled=${!who}>Share<//>
     </form>
-    <${ErrorNote} error=${shares.error ?? change.error} />
+    <${ErrorNote} error=${shares.error} retry=${shares.reload} />
+    <${ErrorNote} error=${change.error} />
   </section>`;
 }
 

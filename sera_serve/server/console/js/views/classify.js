@@ -18,7 +18,7 @@ export default function Classify() {
   const [text, setText] = useState(kept.text);
   const [adapters, setAdapters] = useChosen("classify", kept, () => MOST);
   const [isLive, setLive] = useState(kept.isLive);
-  const [answers, setAnswers] = useState({});
+  const [answers, setAnswers] = useState(new Map());
   const [busy, setBusy] = useState(false);
   const stopper = useRef(null);
   Object.assign(kept, { text, adapters, isLive });
@@ -32,7 +32,7 @@ export default function Classify() {
     // A call for each: where one classifier is refused, the others still answer.
     await Promise.all(adapters.map(async (adapter) => {
       const answer = await classified(adapter, text, signal);
-      if (!signal.aborted) setAnswers((old) => ({ ...old, [adapter]: answer }));
+      if (!signal.aborted) setAnswers((old) => new Map(old).set(adapter, answer));
     }));
     if (!signal.aborted) setBusy(false);
   };
@@ -41,7 +41,7 @@ export default function Classify() {
     const timer = setTimeout(run, PAUSE_MS);
     return () => clearTimeout(timer);
   }, [text, adapters, isLive]);
-  const answered = adapters.filter((adapter) => answers[adapter]);
+  const answered = adapters.filter((adapter) => answers.has(adapter));
   return html`<div onKeyDown=${onCtrlEnter(run)}>
     <${Heading} title="Classify" lead="One text through several adapters: its label, its number, or the names in it." />
     <div class="card form">
@@ -55,9 +55,9 @@ export default function Classify() {
         <span class="help keys-help">Ctrl+Enter classifies.</span>
       </div>
     </div>
-    <p class="sr-only" role="status">${answered.map((adapter) => spoken(adapter, answers[adapter])).join(" ")}</p>
+    <p class="sr-only" role="status">${answered.map((adapter) => spoken(adapter, answers.get(adapter))).join(" ")}</p>
     <div class="answers">${answered.map((adapter) => html`<${Answer} key=${adapter} adapter=${adapter}
-      isOld=${answers[adapter].text !== text} ...${answers[adapter]} />`)}</div>
+      isOld=${answers.get(adapter).text !== text} ...${answers.get(adapter)} />`)}</div>
   </div>`;
 }
 

@@ -147,7 +147,8 @@ function Busiest({ title, samples, read }) {
   const then = samples[Math.max(0, samples.length - 1 - BUSIEST_SAMPLES)];
   const span = Math.max(1, now.at - then.at);
   const rows = Object.entries(read(now)).map(([name, counters]) => {
-    const before = read(then)[name] ?? { requests: 0, tokens: 0 };
+    // A tenant may be called "constructor", which every object has.
+    const before = Object.hasOwn(read(then), name) ? read(then)[name] : { requests: 0, tokens: 0 };
     return { name, requests: (counters.requests - before.requests) / span, tokens: (counters.tokens - before.tokens) / span };
   }).sort((one, other) => other.requests - one.requests || other.tokens - one.tokens);
   const most = Math.max(1e-9, ...rows.map((row) => row.requests));

@@ -104,7 +104,8 @@ function EditDialog({ quota, onClose, onDone }) {
       ${LIMITS.map(([name, title]) => html`<${TextField} key=${name} label=${title} inputmode="numeric" ...${field(name)} />`)}
       <${SelectField} label="Highest priority" options=${[["", isNew ? "As it is" : "No limit"], ...PRIORITIES]} ...${field("max_priority")} />
     </div>
-    <${ErrorNote} error=${action.error ?? clearing.error} />
+    <${ErrorNote} error=${action.error} />
+    <${ErrorNote} error=${clearing.error} />
   <//>`;
 }
 
