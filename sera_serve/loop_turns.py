@@ -14,6 +14,8 @@ from contextlib import asynccontextmanager
 
 # Work that is followed by a rest. Timers count milliseconds: rests after shorter pieces would be longer than those.
 _STRETCH_S = 0.005
+# The longest rest. A piece takes some milliseconds; a process that was held up in one, by its host, goes on soon.
+_LONGEST_REST_S = 0.1
 # Short work that is done at once, in one turn of the event loop.
 _AT_ONCE_S = 0.01
 
@@ -95,7 +97,7 @@ class LoopTurns:
         if self._worked_s < _STRETCH_S:
             self._next()
             return
-        asyncio.get_running_loop().call_later(self._worked_s, self._next)
+        asyncio.get_running_loop().call_later(min(self._worked_s, _LONGEST_REST_S), self._next)
         self._worked_s = 0.0
 
     def _next(self) -> None:
