@@ -167,11 +167,11 @@ def test_a_tenant_has_so_many_waiting_parts(engine: ServingEngine, field: str, m
         return engine.waiting() + engine.running()
 
     async def main() -> None:
-        with standstill():
+        with standstill() as stands:
             # A call alone may have more.
             calls = [asyncio.ensure_future(call("large", 8))]
             # The pass that stands still has parts of this call alone.
-            await until(lambda: parts() == 160 and engine.running() > 0)
+            await until(lambda: parts() == 160 and stands.is_set())
             calls += [asyncio.ensure_future(call("acme")) for _ in range(3)]
             await until(lambda: parts() == 280)
             with pytest.raises(TenantOverloaded, match=f"^1[0-9][0-9] parts .* send fewer {field};") as error:
