@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -16,6 +17,8 @@ from sera_serve.residency.bundle_check import check_fits, check_ranks
 from sera_serve.residency.packing import PackedAdapter, pack
 from sera_serve.residency.pool import DevicePool
 from sera_serve.residency.turns import TurnQueue
+
+logger = logging.getLogger("sera_serve.residency")
 
 Loading = Callable[[str], AbstractContextManager[AdapterBundle]]
 """Reads a bundle by digest; raises a typed error where it is missing or does not fit the base.
@@ -207,14 +210,21 @@ class LoaderThreads:
         return None
 
     def _ensure_idle_thread(self) -> None:
-        """Have an idle thread while jobs wait: it starts the next job when a running one stalls. Lock held."""
+        """Have an idle thread while jobs wait: it starts the next job when a running one stalls. Lock held.
+
+        Where the system has no thread left, jobs wait for those that there are, and the next call tries again.
+        """
         if not self._idle and len(self._threads) < self._most and self._next() is not None:
-            # Counted here, not when it runs: the next call must not start another.
-            self._idle += 1
             # A daemon, because a store that never answers must not keep the process from ending.
             thread = threading.Thread(target=self._run, name=f"adapter-loader-{len(self._threads)}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:
+                logger.exception("no thread could be started to load adapters; %d run", len(self._threads))
+                return
+            # Counted here, not when it runs: the next call must not start another.
+            self._idle += 1
             self._threads.append(thread)
-            thread.start()
 
     def _run(self) -> None:
         # One CPU thread each. A pool of OpenMP threads for every loader would end the spinning of the engine's own

@@ -27,6 +27,11 @@ class Slow:
         assert self._gate.wait(30)
 
 
+def no_thread(thread: threading.Thread) -> None:
+    """What `Thread.start` does where the system has no thread left."""
+    raise RuntimeError("can't start new thread")
+
+
 @pytest.fixture
 def gate() -> Iterator[threading.Event]:
     gate = threading.Event()
@@ -129,6 +134,27 @@ def test_a_withdrawn_large_job_holds_up_no_others(gate: threading.Event) -> None
     gate.set()
     threads.close(10)
     assert not never.began.is_set()
+
+
+def test_jobs_run_once_a_thread_can_be_started_again(gate: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = LoaderThreads(at_once=2, stall_s=1000)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        first = threading.Event()
+        threads.submit(0, first.set)
+    slow = Slow(gate)
+    threads.submit(0, slow)
+    assert first.wait(10) and slow.began.wait(10)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", no_thread)
+        # The thread that begins with the second one is to start a thread for the third one.
+        second, third = Slow(gate), Slow(gate)
+        threads.submit(0, second)
+        threads.submit(0, third)
+        assert second.began.wait(10)
+    gate.set()
+    assert third.began.wait(10)
+    threads.close(10)
 
 
 def test_job_that_never_ends_does_not_keep_close(gate: threading.Event) -> None:
