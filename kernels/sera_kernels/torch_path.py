@@ -51,9 +51,10 @@ def update_run(x: Tensor, y: Tensor, tokens: Tensor, entry: Entry, pool: Tensor)
     if c is not None:
         mixed = u.transpose(0, 1).reshape(len(tokens), -1) @ c
         u = mixed.view(len(tokens), split, segment_rank).transpose(0, 1)
-    update = torch.bmm(u, b.view(segment_rank, split, -1).transpose(0, 1))
+    # Scaled before it is rounded: the product may be beyond float16, and the update not.
+    update = torch.bmm(u * entry.scaling, b.view(segment_rank, split, -1).transpose(0, 1))
     update = update.transpose(0, 1).reshape(len(tokens), -1)
-    y.index_add_(0, tokens, update.to(y.dtype), alpha=entry.scaling)
+    y.index_add_(0, tokens, update.to(y.dtype))
 
 
 def _update_singles(x: Tensor, y: Tensor, members: list[tuple[Entry, Tensor]], pool: Tensor) -> None:

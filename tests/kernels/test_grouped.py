@@ -97,6 +97,17 @@ def test_grouped_is_the_reference(vectors: bool, popularity: str, tokens: int, d
         assert torch.equal(mine[untouched], before[module][untouched])
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_only_the_scaled_update_has_to_fit_the_dtype(tokens: int) -> None:
+    tables = AdapterTables.empty(1, 1)
+    tables.offset[0, 0], tables.rank[0, 0], tables.scaling[0, 0] = 0, 1, 1e-4
+    x, y = torch.full((tokens, 64), 50.0).half(), torch.ones(tokens, 64).half()
+    batch = AdapterBatch(torch.zeros(tokens, dtype=torch.int32))
+    # The sum of 64 products of 50 and 60, times 60, is 11.5 million.
+    grouped_sera_torch(x, [y], [0], batch, torch.full((128,), 60.0).half(), tables)
+    assert y.unique().tolist() == [1153.0]
+
+
 def test_reference_by_hand() -> None:
     # rank 2, split 2: A = [[1, 0], [2, 0], [0, 3], [0, 4]], C = [[0, 1], [1, 0]], B = [[5, 0], [0, 6]].
     pool = torch.tensor([1.0, 2, 3, 4, 0, 1, 1, 0, 5, 6])
