@@ -91,11 +91,12 @@ def _llama_cases(setting: Setting) -> Iterator[Row]:
             yield _case(setting.operation[1], "llama", widths, slots.to(setting.device, torch.int32), *operands)
     # Small blocks of tokens and large ones. On a CPU in float32: the interpreter cuts bfloat16 off.
     widths, dtype = (Widths(64, (64, 64)), torch.float32) if setting.small else (large[1], torch.bfloat16)
-    members = LARGE_MEMBERS[:2]
-    operands = mixed_pool(widths.d_in, widths.d_outs, members, dtype, setting.device, 8)
-    for tokens in (8,) if setting.small else (320, 2048):
-        slots = POPULARITY["with base_only"](tokens, len(members)).sort().values
-        yield _activation_case(widths, slots.to(setting.device, torch.int32), *operands)
+    # The third one has a gain and an offset, and segments of another rank: the activation has a launch of its own.
+    for count in (2, 3):
+        operands = mixed_pool(widths.d_in, widths.d_outs, LARGE_MEMBERS[:count], dtype, setting.device, 8)
+        for tokens in (8,) if setting.small else (320, 2048):
+            slots = POPULARITY["with base_only"](tokens, count).sort().values
+            yield _activation_case(widths, slots.to(setting.device, torch.int32), *operands)
 
 
 def check_case(
@@ -196,7 +197,7 @@ def _replays(setting: Setting, widths: Widths, dtype: torch.dtype) -> Iterator[R
             elif change == "adapter removed":
                 tables.clear(int(slots[0].clamp(min=0)))
             elif change == "shapes swapped":
-                for table in (tables.offset, tables.rank, tables.split, tables.mixer, tables.scaling):
+                for table in tables.tensors:
                     table.copy_(table.flip(1))
             elif change == "contents":
                 pool.copy_(torch.where(pool.isnan(), pool, torch.randn_like(pool)))

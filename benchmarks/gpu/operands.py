@@ -39,8 +39,8 @@ def mixed_pool(
 ) -> tuple[Tensor, AdapterTables]:
     """One slot for each member, in every module; each third one is absent from the second module.
 
-    Between factors lie `gap` elements of NaN, so that reading past an end shows. Updates of inputs from a normal
-    distribution have a standard deviation of about one.
+    Another third have a gain and an offset. Between factors lie `gap` elements of NaN, so that reading past an end
+    shows. Updates of inputs from a normal distribution have a standard deviation of about one.
     """
     tables = AdapterTables.empty(len(d_outs), len(members))
     chunks = [torch.full((gap,), torch.nan)]
@@ -55,14 +55,15 @@ def mixed_pool(
             tables.offset[module, slot], end = end, end + member.elements(d_in, d_out) + gap
             tables.rank[module, slot], tables.split[module, slot] = member.rank, member.split
             tables.mixer[module, slot], tables.scaling[module, slot] = int(member.mixer), fan_in**-0.5
+            if slot % 3 == 2:
+                chunks += [1 + torch.randn(d_out) / 4, torch.randn(d_out) / 2, torch.full((gap,), torch.nan)]
+                tables.vectors[module, slot], end = end, end + 2 * d_out + gap
     return torch.cat(chunks).to(device, dtype), moved(tables, device)
 
 
 def moved(tables: AdapterTables, device: torch.device) -> AdapterTables:
     """The tables on another device."""
-    return AdapterTables(
-        *(getattr(tables, name).to(device) for name in ("offset", "rank", "split", "mixer", "scaling", "vectors"))
-    )
+    return AdapterTables(*(table.to(device) for table in tables.tensors))
 
 
 def uniform_pool(

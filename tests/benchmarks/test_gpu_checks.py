@@ -23,7 +23,7 @@ from benchmarks.gpu.kernel_time import Point
 from benchmarks.gpu.operands import Member
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.setting import SectionSkipped, Setting, find_operation
-from sera_kernels import ABSENT, NO_ADAPTER, ShapeClasses, activation, grouped_sera
+from sera_kernels import ABSENT, NO_ADAPTER, AdapterTables, ShapeClasses, activation, grouped_sera
 from sera_serve.engine.overflow import RowGauge
 from sera_serve.engine.tasks.pass_graphs import PassKey
 from sera_serve.layers import served_linear
@@ -76,6 +76,10 @@ def gap_read(x: Tensor, outputs: list[Tensor], modules: Any, batch: Any, pool: T
     grouped_sera(x, outputs, modules, batch, pool, replace(tables, offset=tables.offset - (tables.offset > 0).long()))
 
 
+def vectors_left_out(x: Tensor, outputs: list[Tensor], modules: Any, batch: Any, pool: Tensor, tables: Any) -> None:
+    grouped_sera(x, outputs, modules, batch, pool, replace(tables, vectors=torch.full_like(tables.vectors, ABSENT)))
+
+
 BROKEN = [
     one_element_off,
     one_element_slightly_off,
@@ -83,6 +87,7 @@ BROKEN = [
     absent_module_touched,
     row_too_many,
     gap_read,
+    vectors_left_out,
 ]
 
 
@@ -96,9 +101,9 @@ def test_replays_see_a_kernel_that_goes_on_with_the_tables_it_first_read(setting
     seen: dict[int, Any] = {}
 
     def operation(x: Tensor, outputs: list[Tensor], modules: Any, batch: Any, pool: Tensor, tables: Any) -> None:
-        copies = {name: getattr(tables, name).clone() for name in ("offset", "rank", "split", "mixer", "scaling")}
+        copies = AdapterTables(*(table.clone() for table in tables.tensors))
         # The tables are kept with their copy, so that no others get their identity.
-        _, first = seen.setdefault(id(tables), (tables, replace(tables, **copies)))
+        _, first = seen.setdefault(id(tables), (tables, copies))
         grouped_sera(x, outputs, modules, batch, pool, first)
 
     wrong = [
@@ -112,18 +117,17 @@ def test_replays_see_a_kernel_that_goes_on_with_the_tables_it_first_read(setting
 def test_the_check_of_an_activation_sees_updates_of_one_layer_alone(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def row() -> Any:
-        (found,) = [row for row in check_kernel(setting, "llama") if row["case"] == "activation"]
-        return found
+    def correct() -> list[bool]:
+        return [row["correct"] for row in check_kernel(setting, "llama") if row["case"] == "activation"]
 
-    assert row()["correct"]
+    assert correct() == [True, True]
     right = activation.updated_silu_mul
 
     def half_updated(x: Tensor, gate: Tensor, up: Tensor, modules: Any, batch: Any, *rest: Any) -> Tensor:
         return right(x, gate, up, [modules[0], modules[0]], batch, *rest)
 
     monkeypatch.setattr(activation, "updated_silu_mul", half_updated)
-    assert not row()["correct"]
+    assert correct() == [False, False]
 
 
 def test_the_decode_check_sees_wrong_serving(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
