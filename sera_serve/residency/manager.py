@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 
+import torch
+
 from sera_serve.errors import AdapterTooLarge, EngineUnavailable
 from sera_serve.residency.completions import CompletionQueue
 from sera_serve.residency.entry import (
@@ -276,13 +278,19 @@ class AdapterResidency:
     def idle_check(self) -> bool:
         """Check the invariants if nothing is leased or loading and something has happened since the last check.
 
-        Engines call it when they have nothing to do. Returns whether it checked; raises as `check_invariants`.
+        Engines call it when they have nothing to do. Returns whether it checked; raises as `check_invariants`. Where
+        the device has no memory for the check, the next call checks.
         """
         with self._lock:
             if not self._unchecked or self._loading_locked() or self._leases_locked():
                 return False
             self._unchecked = False
-        self.check_invariants()
+        try:
+            self.check_invariants()
+        except torch.OutOfMemoryError:
+            # A RuntimeError, which says nothing about the adapters.
+            self._unchecked = True
+            return False
         return True
 
     def check_invariants(self) -> None:

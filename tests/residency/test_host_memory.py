@@ -163,6 +163,21 @@ def test_idle_check_runs_once_after_something_happened(build: Build, large: list
     residency.pool.tables.offset[0, lease.slot] -= 8
 
 
+def test_a_device_without_memory_for_the_idle_check_is_not_taken_for_broken(
+    build: Build, large: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    residency: AdapterResidency = build(room=4)
+    granted(residency.acquire(large[0])).release()
+
+    def too_little(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(residency.pool, "check_invariants", too_little)
+        assert not residency.idle_check()
+    assert residency.idle_check()
+
+
 def test_an_adapter_is_a_few_objects_whatever_its_modules(base: FrozenBase, index: dict[str, int]) -> None:
     """All threads wait while a full garbage collection visits the objects of thousands of adapters."""
 
