@@ -11,7 +11,7 @@ from torch import Tensor
 from benchmarks.gpu.operands import Member, mixed_pool
 from benchmarks.gpu.setting import Grouped, Row, Setting, find_operation
 from benchmarks.gpu.timing import capture
-from sera_kernels import ABSENT, NO_ADAPTER, AdapterBatch, AdapterTables, grouped_sera_reference
+from sera_kernels import ABSENT, MOST_RANK, NO_ADAPTER, AdapterBatch, AdapterTables, grouped_sera_reference
 
 # Largest norm of the error over that of the update or the output, whichever is more: of the update alone, rounding an
 # output beside a small update would be much. A float32 result computed in tf32 is off by 3e-4.
@@ -84,13 +84,23 @@ def _llama_cases(setting: Setting) -> Iterator[Row]:
     if not setting.on_gpu:
         setting = replace(setting, operation=find_operation(setting.device, interpreted=True))
     large = (Widths(4096, (4096, 1024, 1024)), Widths(4096, (14336, 14336)), Widths(14336, (4096,)))
+    # The interpreter cuts bfloat16 off, and does not round.
+    dtype = torch.float32 if setting.small else torch.bfloat16
     for widths in (Widths(64, (64, 64)),) if setting.small else large:
-        operands = mixed_pool(widths.d_in, widths.d_outs, LARGE_MEMBERS, torch.bfloat16, setting.device, 8)
+        operands = mixed_pool(widths.d_in, widths.d_outs, LARGE_MEMBERS, dtype, setting.device, 8)
         for tokens in (8,) if setting.small else (64, 320, 2048):
             slots = POPULARITY["with base_only"](tokens, len(LARGE_MEMBERS)).sort().values
             yield _case(setting.operation[1], "llama", widths, slots.to(setting.device, torch.int32), *operands)
-    # Small blocks of tokens and large ones. On a CPU in float32: the interpreter cuts bfloat16 off.
-    widths, dtype = (Widths(64, (64, 64)), torch.float32) if setting.small else (large[1], torch.bfloat16)
+    # The highest rank that is served, where it is the width: a segment has one input.
+    rank = 64 if setting.small else MOST_RANK
+    widths = Widths(rank, (rank,))
+    members = [Member(rank, rank), Member(rank, 1, False), Member(rank, rank // 8)]
+    operands = mixed_pool(rank, widths.d_outs, members, dtype, setting.device, 8)
+    for tokens in (8,) if setting.small else (64, 320):
+        slots = POPULARITY["with base_only"](tokens, len(members)).sort().values
+        yield _case(setting.operation[1], "highest rank", widths, slots.to(setting.device, torch.int32), *operands)
+    # Small blocks of tokens and large ones.
+    widths = Widths(64, (64, 64)) if setting.small else large[1]
     # The third one has a gain and an offset, and segments of another rank: the activation has a launch of its own.
     for count in (2, 3):
         operands = mixed_pool(widths.d_in, widths.d_outs, LARGE_MEMBERS[:count], dtype, setting.device, 8)
