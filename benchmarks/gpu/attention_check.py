@@ -16,8 +16,11 @@ from sera_serve.engine.loop.attention import KeyValuePool, LayerShape, Part, Ste
 from sera_serve.engine.loop.attention_backend import AttentionOptions, choose_backend
 from sera_serve.engine.loop.pages import PAGE_SIZE
 
-# Largest error of an output whose values come from a normal distribution.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+# Largest error of an element, relative to its size plus the root mean square of its head's output: outputs over many
+# keys are small. To leave out one key of 8,192 is an error of 0.07.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
+# Prompts with a softcap or sinks are computed by single operations, which round the scores as well.
+ROUNDED_SCORES = 3
 LENGTHS = (1, 33, 512, 300, 129, 64, 1, 700)
 
 
@@ -152,7 +155,7 @@ def check_decode_case(device: torch.device, shape: Shape, lengths: tuple[int, ..
     owners = torch.arange(rows - 1, -1, -1, dtype=torch.int32, device=device)
     options = {"sinks": sinks, "splits": shape.splits, **shape.options}
     owned = paged_attention.paged_decode(q, k, v, table.flip(0).int(), on_device, owners=owners, **options)
-    found = _compared(got, torch.cat(wants), shape.dtype)
+    found = _compared(got, torch.cat(wants), TOLERANCE[shape.dtype])
     return found | {"correct": found["correct"] and torch.equal(got, again) and torch.equal(got, owned)}
 
 
@@ -189,19 +192,19 @@ def check_step_case(device: torch.device, shape: Shape, parts: Parts) -> Row:
     q, k, v = (torch.cat(states).transpose(0, 1).contiguous().transpose(0, 1) for states in packed)
     step = StepContext(pool, torch.cat(places), made)
     pool.write(0, step.places, k, v)
-    return _compared(
-        attend(step, 0, q, k, v, AttentionOptions(sinks=sinks, **shape.options)), torch.cat(wants), shape.dtype
-    )
+    got = attend(step, 0, q, k, v, AttentionOptions(sinks=sinks, **shape.options))
+    rounded = ROUNDED_SCORES if shape.softcap or shape.has_sinks else 1
+    return _compared(got, torch.cat(wants), rounded * TOLERANCE[shape.dtype])
 
 
 def _maker(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor]:
     return lambda *size: torch.randn(size, device=device).to(dtype)
 
 
-def _compared(got: Tensor, want: Tensor, dtype: torch.dtype) -> Row:
-    error = (got.double() - want).abs().max().item()
-    name = str(dtype).removeprefix("torch.")
-    return {"dtype": name, "correct": error <= TOLERANCE[dtype], "error": error}
+def _compared(got: Tensor, want: Tensor, tolerance: float) -> Row:
+    size = want.abs() + want.square().mean(-1, keepdim=True).sqrt()
+    error = ((got.double() - want).abs() / size).max().item()
+    return {"dtype": str(got.dtype).removeprefix("torch."), "correct": error <= tolerance, "error": error}
 
 
 def _infinities(setting: Setting) -> Iterator[Row]:

@@ -240,6 +240,24 @@ def test_the_attention_check_sees_a_wrong_scale(setting: Setting, monkeypatch: p
     assert [row["correct"] for row in rows if row["case"].startswith("small")] == [False, False]
 
 
+def test_the_attention_check_sees_one_key_of_many_left_out(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16, where a key of 8,192 is less than the rounding of an output over few keys."""
+    torch.manual_seed(0)
+    shape = replace(attention_check.LLAMA, heads=8, kv_heads=2)
+
+    def decode(left_out: int) -> Any:
+        def paged_decode(
+            q: Tensor, k: Tensor, v: Tensor, table: Tensor, lengths: Tensor, owners: Any = None, **options: Any
+        ) -> Tensor:
+            keys, values = (pool[table[0]].flatten(0, 1)[: int(lengths[0]) - left_out] for pool in (k, v))
+            return attention_check.reference(q, keys, values, shape, None).to(q.dtype)
+
+        monkeypatch.setattr(attention_check.paged_attention, "paged_decode", paged_decode)
+        return attention_check.check_decode_case(setting.device, shape, (8192,))["correct"]
+
+    assert decode(0) and not decode(1)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_the_attention_check_sees_infinities_that_are_hidden(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     right = attention_check.paged_attention.paged_decode
