@@ -91,6 +91,7 @@ def random_bundles(
     strength: float = 0.1,
     only: tuple[str, ...] = (),
     labels: tuple[str, ...] = (),
+    vectors: bool = False,
     seed: int = 0,
 ) -> Iterator[AdapterBundle]:
     """Adapters of one shape whose updates are about `strength` times each layer's output.
@@ -102,6 +103,7 @@ def random_bundles(
         strength: Of the update; a layer's output is about as large as its input.
         only: Last parts of the paths of the layers to adapt; empty is all.
         labels: Makes them classifiers.
+        vectors: Gives each layer a gain and an offset.
         seed: Of the factors.
     """
     shapes = {path: linear_widths(linear) for path, linear in adaptable_linears(base.model).items()}
@@ -113,7 +115,14 @@ def random_bundles(
         fan_in = d_in / member.split * segment_rank * (member.rank if member.mixer else 1)
         scaling = strength * fan_in**-0.5
         modules[path] = ModuleSpec(
-            d_in=d_in, d_out=d_out, rank=member.rank, split=member.split, use_mixer=member.mixer, scaling=scaling
+            d_in=d_in,
+            d_out=d_out,
+            rank=member.rank,
+            split=member.split,
+            use_mixer=member.mixer,
+            scaling=scaling,
+            has_gain=vectors,
+            has_offset=vectors,
         )
     head = {"labels": list(labels), "pooling": base.default_pooling, "max_length": 64} if labels else {}
     task = "classify" if labels else "generate"
@@ -128,6 +137,9 @@ def random_bundles(
                 sizes["sera_c"] = (member.rank, member.rank)
             for name, size in sizes.items():
                 tensors[f"{path}.{name}"] = torch.randn(size, generator=draw).to(base.dtype)
+            if vectors:
+                tensors[f"{path}.gain"] = 1 + strength * torch.randn(spec.d_out, generator=draw)
+                tensors[f"{path}.offset"] = strength * torch.randn(spec.d_out, generator=draw)
         if labels:
             tensors["head.weight"] = torch.randn(len(labels), base.hidden_size, generator=draw)
             tensors["head.bias"] = torch.randn(len(labels), generator=draw)

@@ -21,11 +21,12 @@ from benchmarks.gpu.setting import Row, Setting
 from sera_serve.base import FrozenBase
 from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine
 
-# One after the other: all layers, LoRA on two, SeRA of segments of four on three.
-SHAPES: tuple[tuple[Member, tuple[str, ...]], ...] = (
-    (Member(16, 16), ()),
-    (Member(8, 1, False), ("q_proj", "v_proj")),
-    (Member(16, 4), ("k_proj", "o_proj", "down_proj")),
+# One after the other: all layers, LoRA on two, SeRA of segments of four on three, and a gain and an offset on five.
+SHAPES: tuple[tuple[Member, tuple[str, ...], bool], ...] = (
+    (Member(16, 16), (), False),
+    (Member(8, 1, False), ("q_proj", "v_proj"), False),
+    (Member(16, 4), ("k_proj", "o_proj", "down_proj"), False),
+    (Member(16, 16), ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"), True),
 )
 NAMES = [f"acme/a{i}" for i in range(6)]
 # One of each shape, for passes: those of adapters of generation are watched for overflows, and no graph can be.
@@ -53,12 +54,14 @@ def check_engine(setting: Setting, part: str) -> Iterator[Row]:
 
 
 def tiny_store(base: FrozenBase, folder: Path) -> AdapterStore:
-    """Six adapters of three shapes, and a classifier of each."""
+    """Six adapters of four shapes, and a classifier of each."""
     bundles = {}
     for i, name in enumerate([*NAMES, *CLASSIFIERS]):
-        member, only = SHAPES[i % len(SHAPES)]
+        member, only, vectors = SHAPES[i % len(SHAPES)]
         labels = ("no", "yes") if name in CLASSIFIERS else ()
-        (bundles[name],) = random_bundles(base, member, 1, strength=0.5, only=only, labels=labels, seed=i)
+        (bundles[name],) = random_bundles(
+            base, member, 1, strength=0.5, only=only, labels=labels, vectors=vectors, seed=i
+        )
     return store_of(folder, bundles)
 
 

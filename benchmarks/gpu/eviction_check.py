@@ -121,11 +121,12 @@ def _publish(base: FrozenBase, folder: Path, count: int) -> tuple[list[str], lis
     """Generators of all shapes, and as many classifiers as there are shapes."""
     bundles = {}
     for i in range(count):
-        member, only = SHAPES[i % len(SHAPES)]
-        (bundles[f"acme/a{i}"],) = random_bundles(base, member, 1, strength=0.5, only=only, seed=i)
+        member, only, vectors = SHAPES[i % len(SHAPES)]
+        (bundles[f"acme/a{i}"],) = random_bundles(base, member, 1, strength=0.5, only=only, vectors=vectors, seed=i)
     generators = list(bundles)
-    for i, (member, only) in enumerate(SHAPES):
-        name = f"acme/c{i}"
-        (bundles[name],) = random_bundles(base, member, 1, strength=0.5, only=only, labels=LABELS, seed=1000 + i)
+    for i, (member, only, vectors) in enumerate(SHAPES):
+        (bundles[f"acme/c{i}"],) = random_bundles(
+            base, member, 1, strength=0.5, only=only, labels=LABELS, vectors=vectors, seed=1000 + i
+        )
     store_of(folder, bundles)
     return generators, [name for name in bundles if name not in generators]

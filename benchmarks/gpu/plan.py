@@ -37,7 +37,7 @@ _KERNEL_CHECKS = tuple(
     for part in ("llama", "bfloat16", "float32", "float16")
 )
 _ENGINE_CHECKS = tuple(
-    _check(f"engine {part}", "engine_check", "check_engine", 90, part)
+    _check(f"engine {part}", "engine_check", "check_engine", 120, part)
     for part in ("float32 graphs", "bfloat16 graphs", "float32 eager", "bfloat16 eager")
 )
 _ATTENTION_CHECKS = tuple(

@@ -23,7 +23,7 @@ from benchmarks.gpu.kernel_time import Point
 from benchmarks.gpu.operands import Member
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.setting import SectionSkipped, Setting, find_operation
-from sera_kernels import ABSENT, NO_ADAPTER, AdapterTables, ShapeClasses, activation, grouped_sera
+from sera_kernels import ABSENT, NO_ADAPTER, AdapterTables, ShapeClasses, activation, grouped_sera, numba_path
 from sera_serve.engine.overflow import RowGauge
 from sera_serve.engine.tasks.pass_graphs import PassKey
 from sera_serve.layers import served_linear
@@ -192,6 +192,23 @@ def test_the_engine_check_sees_other_tokens_than_the_cpu_s(setting: Setting, mon
     rows = list(engine_check.check_engine(setting, "float32 graphs"))
     wrong = {row["batch"] for row in rows if not row["correct"]}
     assert wrong == {"base", "adapters", "sampled", "limited", "chosen", "long", "long, adapter", "passes"}
+
+
+def test_the_engine_check_sees_gains_and_offsets_that_are_left_out(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = engine_check.running_engine
+
+    def running_engine(*arguments: Any, **settings: Any) -> Any:
+        if "cuda_graphs" in settings:
+            # The engine that is checked, not the reference.
+            monkeypatch.setattr(numba_path, "_apply_vectors", lambda *arguments: None)
+            monkeypatch.setattr(numba_path, "_apply_vectors_parallel", lambda *arguments: None)
+        return right(*arguments, **settings)
+
+    monkeypatch.setattr(engine_check, "running_engine", running_engine)
+    rows = list(engine_check.check_engine(setting, "float32 graphs"))
+    assert {row["batch"] for row in rows if not row["correct"]} == {"adapters", "sampled", "passes"}
 
 
 @pytest.mark.parametrize(("classes", "correct"), [(ShapeClasses(single=64), True), (ShapeClasses(), False)])
