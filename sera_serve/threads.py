@@ -169,7 +169,7 @@ class BoundedExecutor:
         A caller that is cancelled leaves at once. Work that has begun goes on alone.
 
         Raises:
-            Overloaded: Too many calls wait already.
+            Overloaded: Too many calls wait already, or no thread can be started.
             EngineUnavailable: The executor is closed.
             Exception: Whatever `work` raised.
         """
@@ -240,16 +240,23 @@ class BoundedExecutor:
                 self._waiting.setdefault(call.turn, calls)[future] = call
                 self._num_waiting += 1
             else:
+                if self._busy == self._threads:
+                    self._start_thread_locked()
                 self._running.add(future)
                 self._turns.add(call.turn)
                 self._busy += 1
-                if self._busy > self._threads:
-                    self._threads += 1
-                    # A daemon: a disk that never answers must not keep the process from ending.
-                    threading.Thread(target=self._serve, name=self.name, daemon=True).start()
                 self._handed.put(call)
         future.add_done_callback(partial(self._forget, call.turn))
         return future
+
+    def _start_thread_locked(self) -> None:
+        """Start a thread before anything of its call is counted: where none can be started, nobody waits for it."""
+        try:
+            # A daemon: a disk that never answers must not keep the process from ending.
+            threading.Thread(target=self._serve, name=self.name, daemon=True).start()
+        except RuntimeError as error:
+            raise Overloaded(f"no thread can be started for {self.name}; send the request again later") from error
+        self._threads += 1
 
     def _forget(self, turn: Hashable, future: Future[Any]) -> None:
         with self._lock:

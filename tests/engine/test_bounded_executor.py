@@ -155,6 +155,28 @@ def test_a_closed_executor_ends_its_threads() -> None:
         assert not thread.is_alive()
 
 
+def test_a_thread_that_cannot_be_started_costs_neither_a_thread_nor_a_turn(
+    executor: BoundedExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async def main() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", fails)
+            for _ in range(3):
+                with pytest.raises(Overloaded, match="no thread can be started for listing"):
+                    await asyncio.wait_for(executor.run_in_turn("a", divmod, 7, 2), 5)
+        assert executor.calls() == 0
+        gate = Gate()
+        calls = [asyncio.ensure_future(executor.run_in_turn(owner, gate.pass_through, 1)) for owner in "ab"]
+        await until(lambda: gate.begun == [1, 1])
+        gate.opened.set()
+        assert await asyncio.gather(*calls) == [1, 1]
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("to_end", [False, True])
 def test_owners_take_turns_and_each_runs_one_call_at_a_time(executor: BoundedExecutor, to_end: bool) -> None:
     async def main() -> None:
