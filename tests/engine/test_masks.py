@@ -223,3 +223,9 @@ def test_nothing_begins_after_the_end(opened: threading.Event) -> None:
     opened.set()
     threads._executor.shutdown()
     assert first.masks and not second.masks
+    # The step under way outlasts the end: it gets no mask for the second, and both leave the batch after it.
+    begin(threads, [second])
+    assert take(threads, [second]).postponed == {second}  # type: ignore[comparison-overlap]
+    first.row = second.row = -1
+    threads.forget_left()
+    assert not threads._jobs and not threads._waiting

@@ -96,6 +96,7 @@ class MaskThreads:
         # Threads by tenant, and all of them.
         self._working: Counter[str] = Counter()
         self._threads = 0
+        self._closed = False
         # Of the step under way: when it began, and whether no request of it gets a token without a mask.
         self._step_began = 0.0
         self._all_wait = False
@@ -115,7 +116,7 @@ class MaskThreads:
             for request in sorted(new, key=lambda request: request.order):
                 job = self._jobs[request] = _Job(request)
                 self._waiting.setdefault(request.tenant, deque()).append(job)
-            starting = min(self._most_threads - self._threads, len(new))
+            starting = 0 if self._closed else min(self._most_threads - self._threads, len(new))
             self._threads += starting
         for _ in range(starting):
             self._executor.submit(self._work)
@@ -165,9 +166,9 @@ class MaskThreads:
                         del self._waiting[job.request.tenant]
 
     def close(self) -> None:
-        """Begin no mask any more."""
+        """Begin no mask any more. A step that outlasts the engine's patience may still run, and its requests leave."""
         with self._changed:
-            self._waiting.clear()
+            self._closed = True
         self._executor.shutdown(wait=False, cancel_futures=True)
 
     def _work(self) -> None:
@@ -195,7 +196,7 @@ class MaskThreads:
         with self._changed:
             share = max(1, self._most_threads - 1)
             tenant = next((tenant for tenant in self._waiting if self._working[tenant] < share), None)
-            if tenant is None:
+            if tenant is None or self._closed:
                 self._threads -= 1
                 return None
             jobs = self._waiting.pop(tenant)
