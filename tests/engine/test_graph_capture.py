@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from sera_kernels import ShapeClasses
+from sera_kernels.shape_classes import RANK_BUCKETS
 from sera_serve.engine import BASE_PRINCIPAL
 from sera_serve.engine.loop import captures, graphs
 from sera_serve.engine.loop.captures import NotCaptured, least_covering
@@ -168,6 +170,22 @@ def test_a_step_that_could_not_be_captured_is_refused_for_a_while(
     assert all(steps.can_run(batch) for batch in (one, two, lora))
     # A kind that was never captured covers no other.
     assert least_covering(steps._captured, ShapeClasses(whole=8)) == ShapeClasses(whole=8)
+
+
+def test_adapters_of_all_shapes_have_graphs_of_few_kinds() -> None:
+    buckets = (0, *RANK_BUCKETS)
+    kinds = [ShapeClasses(*ranks, vectors=has) for ranks in product(buckets, repeat=3) for has in (False, True)]
+    # Each kind is met before the larger ones, which would cover it.
+    kinds.sort(key=lambda one: one.single + one.segmented + one.whole)
+    captured = [captures.FIRST_CLASSES, ShapeClasses()]
+    for wanted in kinds:
+        found = least_covering(captured, wanted)
+        assert found | wanted == found or not wanted.width
+        if found not in captured:
+            captured.append(found)
+    # What covers all grows by a bucket of one kind of shape at a time, at most.
+    assert len(captured) <= captures._MOST_KINDS + 3 * len(RANK_BUCKETS) + 1
+    assert [least_covering(captured, one) for one in captured[:8]] == captured[:8]
 
 
 @pytest.mark.parametrize("rows", [1, 8, 64, 100, 256, 300, 511, 512, 600, 2000])

@@ -348,11 +348,12 @@ def test_the_cells_of_a_batch_are_copied_once_for_each_tables(tokens: int) -> No
     assert cells_of(batch, tables) is cells
 
 
-def test_kinds_and_buckets_beyond_what_occurs_change_nothing() -> None:
+@pytest.mark.parametrize("vectors", [False, True])
+def test_kinds_and_buckets_beyond_what_occurs_change_nothing(vectors: bool) -> None:
     widths = Widths(64, (64, 32), ((4, 4, True), (8, 8, False), (2, 1, True), (8, 2, False)))
     pool, tables = adapters(widths, torch.float32)
     assert tables.classes == ShapeClasses(16, 16, 16)
-    tables.set_classes(ShapeClasses(64, 256, 64))
+    tables.set_classes(ShapeClasses(64, 256, 64, vectors))
     batch = AdapterBatch(torch.tensor([0, 1, 2, 3, -1], dtype=torch.int32, device=DEVICE))
     x = poisoned(5, 64, torch.float32, 8)
     check(SMALL, x, [poisoned(5, d_out, torch.float32, 8) for d_out in widths.d_outs], batch, pool, tables)

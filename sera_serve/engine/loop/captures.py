@@ -7,6 +7,8 @@ import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import suppress
+from functools import reduce
+from operator import or_
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -26,6 +28,10 @@ _ONE_AT_A_TIME = threading.Lock()
 
 FIRST_CLASSES = ShapeClasses(single=64)
 """SeRA with segments of rank 1, up to rank 64: captured before a request has them."""
+
+# Kinds of shapes that have graphs of their own. There are 432, each with some 60 graphs of steps, of some MB and a
+# fifth of a second each: adapters of one tenant alone could take all memory, and keep the loop for an hour.
+_MOST_KINDS = 8
 
 
 class NotCaptured(Exception):
@@ -47,11 +53,14 @@ def least_covering(captured: list[ShapeClasses], wanted: ShapeClasses) -> ShapeC
     """The least of the captured kinds of shapes that covers the wanted ones; these themselves if there is none.
 
     It has vectors exactly where they are wanted: else adapters without them would pay for their launches. Without any
-    adapter it has no kinds at all.
+    adapter it has no kinds at all. Where `_MOST_KINDS` are captured and none covers the wanted ones, it is all of them
+    together, which costs time and is right.
     """
     if not wanted.width:
         return wanted
     covering = [kinds for kinds in captured if kinds | wanted == kinds and kinds.vectors == wanted.vectors]
+    if not covering and len(captured) >= _MOST_KINDS:
+        return reduce(or_, captured, wanted)
     return min(covering, key=lambda kinds: (kinds.whole, kinds.segmented, kinds.single), default=wanted)
 
 
