@@ -100,8 +100,8 @@ class RowCalls(ABC):
 
         Raises:
             UnsupportedTask: The adapter has no head, or takes other inputs.
-            InvalidRequest: An input has no tokens, inputs times labels or tokens to tag are too many, or an adapter
-                that finds spans gets a sentence pair or has no offsets from the tokenizer.
+            InvalidRequest: There is no input, an input has no tokens, inputs times labels or tokens to tag are too
+                many, or an adapter that finds spans gets a sentence pair or has no offsets from the tokenizer.
             InvalidImage, ImageTooLarge: An image cannot be decoded, or is too large; `param` names it.
             TenantOverloaded, Overloaded, DeadlineExceeded, EngineUnavailable, StoreError: As in `generate`.
         """
@@ -128,6 +128,8 @@ class RowCalls(ABC):
             UnsupportedTask, InvalidRequest, StoreError: As in `classify`; `param` names the adapter.
             TenantOverloaded, Overloaded, DeadlineExceeded, EngineUnavailable: As in `classify`.
         """
+        if not adapters:
+            raise InvalidRequest("adapters is empty; name at least one", param="adapters")
         resolve = partial(self._row_maker.classifiers, adapters, len(inputs))
         return await self._classify(resolve, inputs, principal, priority, timeout_s, received_at, charge)
 
@@ -160,12 +162,13 @@ class RowCalls(ABC):
 
         Raises:
             PromptTooLong: An input is longer than the base's context; `param` names it.
-            InvalidRequest: An input has no tokens, a token is outside the vocabulary, or the inputs are too many.
+            InvalidRequest: There is no input, an input has no tokens, a token is outside the vocabulary, or the
+                inputs are too many.
             UnsupportedTask: The base takes no images, or no texts.
             AdapterOverflow, BaseOverflow: A vector is infinite or not a number.
             TenantOverloaded, Overloaded, DeadlineExceeded, EngineUnavailable, StoreError: As in `generate`.
         """
-        call = self._row_call("emb", principal, priority)
+        call = self._row_call("emb", inputs, principal, priority)
         call.embedding = EmbeddingSpec(pooling, normalize)
         resolve = partial(self._row_maker.embedder, adapter, len(inputs), pooling)
         images = self._images.check(inputs)
@@ -189,8 +192,12 @@ class RowCalls(ABC):
         named = group.adapter.adapter, group.adapter.version or None
         return EmbedResult(*named, vectors, prompt_tokens, **vars(times))
 
-    def _row_call(self, kind: str, principal: Principal, priority: Priority) -> ClassificationRequest:
-        """What admission counts for a call whose parts are queued."""
+    def _row_call(
+        self, kind: str, inputs: Sequence[object], principal: Principal, priority: Priority
+    ) -> ClassificationRequest:
+        """What admission counts for a call whose parts are queued; raises InvalidRequest for one without inputs."""
+        if not inputs:
+            raise InvalidRequest("inputs is empty; send at least one", param="inputs")
         return ClassificationRequest(
             principal=principal,
             id=f"{kind}-{random_hex(8)}",
@@ -209,7 +216,7 @@ class RowCalls(ABC):
         charge: Charge | None,
     ) -> list[ClassifyResult]:
         """Classify texts, or images, with each adapter that `resolve` gives."""
-        call = self._row_call("cls", principal, priority)
+        call = self._row_call("cls", inputs, principal, priority)
         images = self._images.check(inputs)
         texts = [value for value in inputs if not isinstance(value, ImageInput)]
         if images and texts:

@@ -109,6 +109,28 @@ def test_a_refusal_names_the_adapters_place(
         assert refusal.value.param == param  # type: ignore[attr-defined]
 
 
+def test_a_call_without_inputs_or_adapters_is_refused(
+    decoder: FrozenBase, store: AdapterStore, guards: list[str], start_engine: Start
+) -> None:
+    """It has no part whose end would be its own."""
+    engine = start_engine(decoder, store)
+
+    async def main() -> None:
+        async with asyncio.timeout(20):
+            for call, param in [
+                (engine.classify(guards[0], [], ACME), "inputs"),
+                (engine.classify_each(guards, [], ACME), "inputs"),
+                (engine.classify_each([], TEXTS, ACME), "adapters"),
+                (engine.embed(None, [], ACME), "inputs"),
+            ]:
+                with pytest.raises(InvalidRequest, match="is empty") as caught:
+                    await call
+                assert caught.value.param == param
+        await settled(engine)
+
+    asyncio.run(main())
+
+
 def test_a_part_that_fails_ends_the_whole_call(
     guards: list[str], decoder: FrozenBase, store: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
