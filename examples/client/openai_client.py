@@ -14,10 +14,11 @@ import openai
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", default="http://localhost:8000")
+    parser.add_argument("--key", default="none", help="a key with the scope infer, where one is needed")
     parser.add_argument("--model", default="demo/chat", help="an adapter with a chat template")
     options = parser.parse_args()
 
-    with openai.OpenAI(base_url=f"{options.url}/v1", api_key="none") as client:
+    with openai.OpenAI(base_url=f"{options.url}/v1", api_key=options.key) as client:
         print("models:", *(model.id for model in client.models.list()))
 
         chat = client.chat.completions.create(

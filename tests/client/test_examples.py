@@ -7,7 +7,9 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 
 from adapters_store import AdapterStore
@@ -83,6 +85,19 @@ def test_the_official_client(run: Example) -> None:
     assert "\nrefused: " in out
     chat, _, stream = out.partition("\nchat: ")[2].partition("\nstream: ")
     assert chat.strip() and stream.partition("\n\nembedded: ")[0].strip()
+
+
+def test_the_official_client_sends_its_key(run: Example, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = []
+    send = httpx.Client.send
+
+    def recording(client: httpx.Client, request: httpx.Request, **options: Any) -> httpx.Response:
+        keys.append(request.headers["Authorization"])
+        return send(client, request, **options)
+
+    monkeypatch.setattr(httpx.Client, "send", recording)
+    run("openai_client.py", "--key", "sk-sera-mine")
+    assert set(keys) == {"Bearer sk-sera-mine"}
 
 
 def test_an_upload(run: Example, base: FrozenBase, engine: ServingEngine, tmp_path: Path) -> None:
