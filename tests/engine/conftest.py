@@ -14,8 +14,11 @@ from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
+from sera_serve.layers import served_linear
 from support.engine import SHAPE, GatedStore, check_invariants
-from support.factories import random_adapter, random_decoder, random_encoder
+from support.factories import random_adapter, random_decoder, random_encoder, with_vectors
+from support.graph_recorder import static_add_updates
+from support.static_batches import ADAPTERS, MAX_RANK, SHAPES
 
 
 @pytest.fixture(scope="session")
@@ -74,3 +77,20 @@ def start_engine() -> Iterator[Callable[..., ServingEngine]]:
             assert engine.in_flight() == 0
             check_invariants(engine)
         engine.stop()
+
+
+@pytest.fixture
+def adapters(decoder: FrozenBase, store: AdapterStore) -> AdapterStore:
+    """The adapters of `support.static_batches`, in the store."""
+    for seed, name in enumerate(ADAPTERS):
+        bundle = random_adapter(decoder, SHAPES[seed % 3], seed, strength=0.5)
+        # Two of them with vectors: in batches with others, without them, and in none.
+        names = {1: ("q_proj", "v_proj"), 5: ("k_proj", "down_proj")}.get(seed, ())
+        store.publish(with_vectors(bundle, gain=names, offset=names[:1], seed=seed), name)
+    return store
+
+
+@pytest.fixture
+def static_updates(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Have the serving layers compute adapters by torch operations: no mode sees what numba does."""
+    return lambda: monkeypatch.setattr(served_linear, "add_updates", static_add_updates(MAX_RANK))

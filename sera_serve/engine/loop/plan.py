@@ -130,8 +130,8 @@ class StepPlanner:
         """The next step, or None if there is nothing to run.
 
         Args:
-            runs_static: Whether all of a step would run on static buffers. Such a step, once it has a prompt, takes no
-                newcomer with which it would not: two static steps take less time than one that is not.
+            runs_static: Whether all of a step would run on static buffers. Once such a step has a prompt, a newcomer
+                that would make it a packed step waits for the next one: two static steps take less time.
         """
         plan = StepPlan()
         if self._rotary_side is not None:
