@@ -173,7 +173,7 @@ class BoundedExecutor:
             EngineUnavailable: The executor is closed.
             Exception: Whatever `work` raised.
         """
-        return await asyncio.wrap_future(self._submit(partial(work, *args, **kwargs)))
+        return await asyncio.wrap_future(self.submit(partial(work, *args, **kwargs)))
 
     async def run_in_turn(self, owner: Hashable, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`run`, but one call of an owner at a time, and the owners take turns: none waits for all calls of another.
@@ -182,7 +182,7 @@ class BoundedExecutor:
             TenantOverloaded: As many calls of the owner wait as may.
             Overloaded, EngineUnavailable, Exception: As `run`.
         """
-        return await asyncio.wrap_future(self._submit(partial(work, *args, **kwargs), owner))
+        return await asyncio.wrap_future(self.submit(partial(work, *args, **kwargs), owner))
 
     async def run_to_end(self, owner: Hashable, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """`run_in_turn`, for work that uses what the caller releases when it leaves, such as a temporary file.
@@ -192,7 +192,7 @@ class BoundedExecutor:
         A caller that is cancelled leaves when the work that has begun is done; work that has not begun never begins.
         Only a second cancellation, with which an event loop ends, or `close` lets the caller leave earlier.
         """
-        future = self._submit(partial(work, *args, **kwargs), owner)
+        future = self.submit(partial(work, *args, **kwargs), owner)
         try:
             return await asyncio.wrap_future(future)
         except asyncio.CancelledError:
@@ -222,7 +222,14 @@ class BoundedExecutor:
             with suppress(InvalidStateError):
                 future.set_exception(_closed())
 
-    def _submit(self, work: Callable[[], T], owner: Hashable = None) -> Future[T]:
+    def submit(self, work: Callable[[], T], owner: Hashable = None) -> Future[T]:
+        """Run `work` on a thread, for callers without an event loop; return the future of its result.
+
+        With an owner as `run_in_turn`.
+
+        Raises:
+            TenantOverloaded, Overloaded, EngineUnavailable: As `run_in_turn`.
+        """
         future: Future[T] = Future()
         # A call without an owner waits for no other.
         call = _Call(future, work, object() if owner is None else owner)

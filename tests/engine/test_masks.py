@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +66,23 @@ def opened() -> Iterator[threading.Event]:
     event.set()
 
 
+Started = Callable[[int], MaskThreads]
+
+
+@pytest.fixture
+def started() -> Iterator[Started]:
+    """Masks on so many threads, which end with the test."""
+    made: list[MaskThreads] = []
+
+    def start(threads: int) -> MaskThreads:
+        made.append(MaskThreads(VOCABULARY, threads))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.close()
+
+
 def no_wait() -> None:
     pass
 
@@ -88,9 +107,9 @@ def wait_until_taken(threads: MaskThreads, rows: list[Row]) -> masks.RowMasks:
     return taken
 
 
-def test_slow_masks_of_one_tenant_delay_no_other(opened: threading.Event) -> None:
+def test_slow_masks_of_one_tenant_delay_no_other(started: Started, opened: threading.Event) -> None:
     # With a grammar of 200 terminals each, 128 requests of one tenant made a step last for five seconds.
-    threads = MaskThreads(VOCABULARY, 4)
+    threads = started(4)
     slow = [Row("slow", order, opened) for order in range(20)]
     quick = [Row("quick", 100 + order) for order in range(20)]
     begin(threads, [*reversed(slow), *quick])
@@ -105,8 +124,8 @@ def test_slow_masks_of_one_tenant_delay_no_other(opened: threading.Event) -> Non
     assert {row.masks for row in [*slow, *quick]} == {1}, "no mask is computed twice"
 
 
-def test_tenants_take_turns(opened: threading.Event) -> None:
-    threads = MaskThreads(VOCABULARY, 1)
+def test_tenants_take_turns(started: Started, opened: threading.Event) -> None:
+    threads = started(1)
     done: list[str] = []
     first = Row("a", 0, opened)
     rows = [Row(tenant, order) for tenant in "ab" for order in range(1, 4)]
@@ -127,10 +146,12 @@ def test_tenants_take_turns(opened: threading.Event) -> None:
     assert done == ["a0", "a1", "b1", "a2", "b2", "a3", "b3"]
 
 
-def test_a_step_waits_in_proportion_to_its_own_time(opened: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_waits_in_proportion_to_its_own_time(
+    started: Started, opened: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
     now = [100.0]
     monkeypatch.setattr(masks.time, "monotonic", lambda: now[0])
-    threads = MaskThreads(VOCABULARY, 2)
+    threads = started(2)
     waits: list[float] = []
     monkeypatch.setattr(threads._changed, "wait_for", lambda ready, timeout: waits.append(timeout))
     late = Row("a", 0, opened)
@@ -149,8 +170,8 @@ def test_a_step_waits_in_proportion_to_its_own_time(opened: threading.Event, mon
     assert waits == [masks._LEAST_PATIENCE_S]
 
 
-def test_a_ready_mask_waits_for_no_device() -> None:
-    threads = MaskThreads(VOCABULARY, 2)
+def test_a_ready_mask_waits_for_no_device(started: Started) -> None:
+    threads = started(2)
     row = Row("a", 0)
     begin(threads, [row])
     with threads._changed:
@@ -159,8 +180,8 @@ def test_a_ready_mask_waits_for_no_device() -> None:
     assert got.allowed[row].tolist() == [1, 1]  # type: ignore[index]
 
 
-def test_a_constraint_that_fails_ends_its_own_request() -> None:
-    threads = MaskThreads(VOCABULARY, 2)
+def test_a_constraint_that_fails_ends_its_own_request(started: Started) -> None:
+    threads = started(2)
     refused = Row("a", 0, error=InvalidRequest("too complex", param="grammar"))
     broken = Row("a", 1, error=RuntimeError("odd"))
     sound = Row("a", 2)
@@ -170,8 +191,8 @@ def test_a_constraint_that_fails_ends_its_own_request() -> None:
     assert set(got.allowed) == {sound}
 
 
-def test_requests_that_leave_leave_nothing(opened: threading.Event) -> None:
-    threads = MaskThreads(VOCABULARY, 1)
+def test_requests_that_leave_leave_nothing(started: Started, opened: threading.Event) -> None:
+    threads = started(1)
     begun, waiting, done = Row("a", 1, opened), Row("a", 2), Row("a", 0)
     begin(threads, [done])
     with threads._changed:
@@ -188,8 +209,8 @@ def test_requests_that_leave_leave_nothing(opened: threading.Event) -> None:
     assert not waiting.masks and not threads._working
 
 
-def test_a_request_that_comes_back_gets_the_mask_that_is_under_way(opened: threading.Event) -> None:
-    threads = MaskThreads(VOCABULARY, 2)
+def test_a_request_that_comes_back_gets_the_mask_that_is_under_way(started: Started, opened: threading.Event) -> None:
+    threads = started(2)
     row = Row("a", 0, opened)
     begin(threads, [row])
     assert row.begun.wait(20)
@@ -202,8 +223,10 @@ def test_a_request_that_comes_back_gets_the_mask_that_is_under_way(opened: threa
     assert row.masks == 1
 
 
-def test_a_request_that_was_finished_before_its_turn_is_not_looked_at(opened: threading.Event) -> None:
-    threads = MaskThreads(VOCABULARY, 1)
+def test_a_request_that_was_finished_before_its_turn_is_not_looked_at(
+    started: Started, opened: threading.Event
+) -> None:
+    threads = started(1)
     first, second = Row("a", 0, opened), Row("a", 1)
     begin(threads, [first, second])
     assert first.begun.wait(20)
@@ -214,14 +237,14 @@ def test_a_request_that_was_finished_before_its_turn_is_not_looked_at(opened: th
     assert not second.masks
 
 
-def test_nothing_begins_after_the_end(opened: threading.Event) -> None:
-    threads = MaskThreads(VOCABULARY, 1)
+def test_nothing_begins_after_the_end(started: Started, opened: threading.Event) -> None:
+    threads = started(1)
     first, second = Row("a", 0, opened), Row("a", 1)
     begin(threads, [first, second])
     assert first.begun.wait(20)
+    threading.Timer(0.1, opened.set).start()
     threads.close()
-    opened.set()
-    threads._executor.shutdown()
+    # What ran has ended: the end of a process must not meet it.
     assert first.masks and not second.masks
     # The step under way outlasts the end: it gets no mask for the second, and both leave the batch after it.
     begin(threads, [second])
@@ -229,3 +252,52 @@ def test_nothing_begins_after_the_end(opened: threading.Event) -> None:
     first.row = second.row = -1
     threads.forget_left()
     assert not threads._jobs and not threads._waiting
+
+
+def test_threads_that_cannot_be_started_are_asked_for_again(
+    started: Started, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    threads = started(3)
+    rows = [Row(tenant, order) for tenant in "ab" for order in range(3)]
+    start, left = threading.Thread.start, 0
+
+    def limited(thread: threading.Thread) -> None:
+        nonlocal left
+        if not left:
+            raise RuntimeError("can't start new thread")
+        left -= 1
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", limited)
+        for _ in range(2):
+            begin(threads, rows)
+            assert take(threads, rows).postponed == set(rows)  # type: ignore[comparison-overlap]
+        assert caplog.text.count("no thread can be started for masks") == 1
+        # One thread is enough for all of them.
+        left = 1
+        assert wait_until_taken(threads, rows).allowed.keys() == set(rows)
+    more = [Row(tenant, order) for tenant in "cd" for order in range(3)]
+    assert wait_until_taken(threads, more).allowed.keys() == set(more)
+    assert not threads._jobs and not threads._waiting and not threads._working
+
+
+def test_a_mask_that_never_ends_does_not_keep_the_process_from_ending() -> None:
+    program = """
+import threading
+from sera_serve.engine.loop.masks import MaskThreads
+begun = threading.Event()
+class Row:
+    tenant, order = "a", 0
+    @property
+    def constraint(self):
+        return self
+    def fill(self, allowed):
+        begun.set()
+        threading.Event().wait()
+threads = MaskThreads(8, 1)
+threads.begin([Row()])
+assert begun.wait(20)
+threads.close()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -142,7 +142,7 @@ class HereExecutor:
     def submit(self, work: Callable[[], None]) -> None:
         work()
 
-    def shutdown(self, **options: Any) -> None:
+    def close(self) -> None:
         pass
 
 

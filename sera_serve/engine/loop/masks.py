@@ -13,7 +13,6 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +20,8 @@ from numpy.typing import NDArray
 
 from sera_serve.engine.constraint import TokenConstraint
 from sera_serve.engine.request import GenerationRequest
-from sera_serve.errors import ConstraintUnsatisfiable, EngineUnavailable, InvalidRequest, TenantOverloaded
+from sera_serve.errors import ConstraintUnsatisfiable, EngineUnavailable, InvalidRequest, Overloaded, TenantOverloaded
+from sera_serve.threads import BoundedExecutor
 
 logger = logging.getLogger("sera_serve.engine")
 
@@ -30,6 +30,8 @@ _PATIENCE = 0.5
 _LEAST_PATIENCE_S = 0.001
 # A step that would give no token at all waits for its first mask.
 _PATIENCE_ALONE_S = 0.05
+# How long the end waits for masks under way.
+_LAST_MASKS_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ class MaskThreads:
         """
         self._vocabulary = vocabulary
         self._most_threads = threads or max(2, min(8, (os.cpu_count() or 1) // 2))
-        self._executor = ThreadPoolExecutor(self._most_threads, thread_name_prefix="masks")
+        # A thread that has just found nothing to compute may still count as busy there when it is asked for again.
+        self._executor = BoundedExecutor("masks", self._most_threads, max_waiting=self._most_threads)
         self._changed = threading.Condition()
         self._jobs: dict[GenerationRequest, _Job] = {}
         # What waits for a thread, by tenant; the next tenant first.
@@ -96,7 +99,7 @@ class MaskThreads:
         # Threads by tenant, and all of them.
         self._working: Counter[str] = Counter()
         self._threads = 0
-        self._closed = False
+        self._lacks_threads = self._closed = False
         # Of the step under way: when it began, and whether no request of it gets a token without a mask.
         self._step_began = 0.0
         self._all_wait = False
@@ -116,10 +119,22 @@ class MaskThreads:
             for request in sorted(new, key=lambda request: request.order):
                 job = self._jobs[request] = _Job(request)
                 self._waiting.setdefault(request.tenant, deque()).append(job)
-            starting = 0 if self._closed else min(self._most_threads - self._threads, len(new))
+            # Also for masks that found no thread before.
+            waiting = sum(map(len, self._waiting.values()))
+            starting = 0 if self._closed else min(self._most_threads - self._threads, waiting)
             self._threads += starting
-        for _ in range(starting):
-            self._executor.submit(self._work)
+        for started in range(starting):
+            try:
+                self._executor.submit(self._work)
+            except (Overloaded, EngineUnavailable) as error:
+                # The masks wait for the threads that there are, and for those of the next step.
+                with self._changed:
+                    self._threads -= starting - started
+                if not self._lacks_threads:
+                    logger.warning("masks of constraints come late: %s", error)
+                self._lacks_threads = True
+                return
+            self._lacks_threads = False
 
     def take(self, requests: Sequence[GenerationRequest], wait_for_logits: Callable[[], object]) -> RowMasks:
         """The masks of a step's requests, which have a constraint each and have begun; waits for a while.
@@ -166,10 +181,15 @@ class MaskThreads:
                         del self._waiting[job.request.tenant]
 
     def close(self) -> None:
-        """Begin no mask any more. A step that outlasts the engine's patience may still run, and its requests leave."""
+        """Begin no mask any more, and wait for those under way.
+
+        A step that outlasts the engine's patience may still run, and its requests leave.
+        """
         with self._changed:
             self._closed = True
-        self._executor.shutdown(wait=False, cancel_futures=True)
+            # A process that ends within the library's code crashes. A mask that never ends must not keep it.
+            self._changed.wait_for(lambda: not self._working, _LAST_MASKS_S)
+        self._executor.close()
 
     def _work(self) -> None:
         """Compute masks until none waits."""
