@@ -31,7 +31,9 @@ _TASKS = 2
 # Tensors of a step's largest width, and of its logits, that are there at the same time.
 _WIDE_TENSORS = 4
 _LOGITS_TENSORS = 4
-# Of the size of a step's logits: the tokens of each sequence, counted for penalties, and the logits that graphs leave.
+# Of the size of a step's logits: those of prompts' tokens whose log-probabilities are asked for, which the planner bounds.
+_PROMPT_LOGITS = 1
+# Of the same size: the tokens of each sequence, counted for penalties, and the logits that graphs leave.
 _LASTING_TABLES = 2
 # Keys and values of one layer that a step copies together from their pages, where prompts go on after cached ones. The
 # keys of one sequence are copied together however many they are.
@@ -98,9 +100,9 @@ class DeviceMemory:
         """Tokens of the KV cache, after the pool is allocated.
 
         What steps need stays free: a fixed part for libraries and graphs; tensors of `batch_tokens` rows of the largest
-        width; logits of `max_sequences`; keys copied together; and the updates' workspace, for the highest rank that an
-        adapter may have, of a step and of a classification pass of `batch_tokens`. A classification row of more tokens
-        than that takes more than what is counted.
+        width; logits of `max_sequences`, and of as many tokens of prompts; keys copied together; and the updates'
+        workspace, for the highest rank that an adapter may have, of a step and of a classification pass of
+        `batch_tokens`. A classification row of more tokens than that takes more than what is counted.
 
         Raises:
             InvalidConfiguration: The weights and the pool leave no memory.
@@ -112,7 +114,7 @@ class DeviceMemory:
             return _CPU_CACHE_TOKENS
         steps = _STEP_BYTES + settings.batch_tokens * decoder.widest * 4 * _WIDE_TENSORS
         steps += _TASKS * workspace_bytes(settings.batch_tokens)
-        steps += settings.max_sequences * decoder.vocabulary * 4 * (_LOGITS_TENSORS + _LASTING_TABLES)
+        steps += settings.max_sequences * decoder.vocabulary * 4 * (_LOGITS_TENSORS + _PROMPT_LOGITS + _LASTING_TABLES)
         left = self._left("the KV cache") - steps
         gathered = max(MOST_GATHERED, min(decoder.context, left // decoder.token_bytes))
         tokens = (left - gathered * decoder.layer_bytes) // decoder.token_bytes

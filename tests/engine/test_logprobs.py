@@ -15,6 +15,7 @@ from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase
 from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine, TokenLogprobs
 from sera_serve.engine.loop.choice import token_logprobs
+from sera_serve.engine.loop.hugging_face import PagedModel
 from support.engine import SHAPE, Start, collect, generate, settled
 from support.factories import merged, random_adapter
 
@@ -199,3 +200,28 @@ def test_likely_tokens_take_little_memory_and_read_as_pairs() -> None:
     # Of a pair 120 bytes.
     assert taken < 300 * 20 * 30
     assert len(many) == 100
+
+
+def test_a_step_keeps_few_logits_of_prompts(
+    decoder: FrozenBase, store: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start_engine(decoder, store, max_sequences=4)
+    kept: list[int] = []
+    logits = PagedModel.logits
+
+    def noted(model: PagedModel, *arguments: Any) -> Tensor:
+        found = logits(model, *arguments)
+        kept.append(len(found))
+        return found
+
+    monkeypatch.setattr(PagedModel, "logits", noted)
+    # 203 tokens each, of the 512 that a step may have.
+    prompts = [f"{number}{PROMPT * 3}" for number in range(3)]
+
+    async def main() -> list[GenerationResult]:
+        asked: dict[str, Any] = {"logprobs": 0, "prompt_logprobs": 1, "max_new_tokens": 2}
+        return await asyncio.gather(*(collect(engine, prompt=prompt, **asked) for prompt in prompts))
+
+    for prompt, result in zip(prompts, asyncio.run(main()), strict=True):
+        check_result(decoder, prompt, result, 0, 1)
+    assert max(kept) <= 64 + 3

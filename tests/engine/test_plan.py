@@ -452,6 +452,22 @@ def test_a_prompt_whose_log_probabilities_are_asked_for_is_computed_whole() -> N
     assert plan and plan.chunks == [(asking, 64)] and asking.cached_tokens == 0
 
 
+@pytest.mark.parametrize(("rows", "most"), [(4, 64), (100, 100)])
+def test_the_logits_of_prompts_are_as_many_as_memory_is_counted_for(rows: int, most: int) -> None:
+    bench = world(40, budget=300, rows=rows)
+    asking = [ask(f"asking {number}", [number] * 150, 2) for number in range(2)]
+    for request in asking:
+        request.params = GenerateParams(prompt_logprobs=0)
+        bench.add(request)
+    bench.add(ask("plain", [5] * 120, 2))
+    plan = bench.step()
+    assert plan and [count for _, count in plan.chunks] == [most, 1, 120]
+    while bench.live:
+        plan = bench.plan()
+        assert plan and plan.prompt_logits <= most + 1
+        bench.do(plan, lambda: 1)
+
+
 def test_crossing_the_rotary_threshold_computes_from_the_first_token_with_other_keys() -> None:
     bench = world(8, threshold=70)
     request = bench.add(ask("r", list(range(66)), 40, prefix_key="a/x"))

@@ -13,6 +13,8 @@ from sera_serve.engine.request import GenerationRequest
 
 # Steps after which a request that found too few pages may try again, even if none came free.
 _STEPS_SHORT = 16
+# The least of what `max_sequences` says for the logits of prompts: with a few, a prompt would take hundreds of steps.
+_LEAST_PROMPT_LOGITS = 64
 
 
 class Candidates(Protocol):
@@ -57,6 +59,11 @@ class StepPlan:
     def tokens(self) -> int:
         """Tokens of the step."""
         return len(self.decodes) + sum(count for _, count in self.chunks)
+
+    @property
+    def prompt_logits(self) -> int:
+        """Tokens of the step whose logits are wanted for the log-probabilities of prompts."""
+        return sum(count for request, count in self.chunks if request.wants_prompt_logprobs)
 
     def requests(self) -> list[GenerationRequest]:
         """All requests of the step."""
@@ -112,7 +119,8 @@ class StepPlanner:
             pages: The pool; this object's own from now on.
             candidates: The waiting requests.
             max_batch_tokens: The most tokens of one step; longer prompts are prefilled in chunks.
-            max_sequences: The most requests of one step.
+            max_sequences: The most requests of one step. It has the logits of as many tokens of prompts at most, or of
+                64, and of one for each further prompt.
             rotary_side: The side of the base's rotary threshold for a number of tokens; None: it has no threshold.
         """
         self.pages = pages
@@ -367,9 +375,12 @@ class StepPlanner:
     def _needs_page(request: GenerationRequest) -> bool:
         return request.computed == len(request.pages) * PAGE_SIZE
 
-    @staticmethod
-    def _plan_chunk(plan: StepPlan, request: GenerationRequest, budget: int) -> int:
+    def _plan_chunk(self, plan: StepPlan, request: GenerationRequest, budget: int) -> int:
         tokens = min(budget, len(request.tokens) - request.computed)
+        if request.wants_prompt_logprobs:
+            # The logits of every token stay while they are read, and memory is counted for those of as many requests.
+            most = max(self.num_rows, _LEAST_PROMPT_LOGITS)
+            tokens = min(tokens, max(1, most - plan.prompt_logits))
         plan.chunks.append((request, tokens))
         return tokens
 
