@@ -31,7 +31,7 @@ _TASKS = 2
 # Tensors of a step's largest width, and of its logits, that are there at the same time.
 _WIDE_TENSORS = 4
 _LOGITS_TENSORS = 4
-# Of the size of a step's logits: those of prompts' tokens whose log-probabilities are asked for, which the planner bounds.
+# Of the size of a step's logits: those of prompts, where log-probabilities of prompts are asked for.
 _PROMPT_LOGITS = 1
 # Of the same size: the tokens of each sequence, counted for penalties, and the logits that graphs leave.
 _LASTING_TABLES = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AbstractContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -90,13 +90,15 @@ class RowCalls(ABC):
         timeout_s: float | None = None,
         received_at: float | None = None,
         charge: Charge | None = None,
+        counted: ExitStack | None = None,
     ) -> ClassifyResult:
         """Put each input, a text, a sentence pair or an image, through the adapter's head.
 
         Each result is of the adapter's task.
 
         Priority and time limits are those of `generate`. `charge` is told the tokens of all rows that entered a batch,
-        also where the call fails or is given up.
+        also where the call fails or is given up. With `counted`, an answered call stays in flight until that is closed:
+        so a tenant has no more answers that are not written yet than it may have calls.
 
         Raises:
             UnsupportedTask: The adapter has no head, or takes other inputs.
@@ -106,7 +108,7 @@ class RowCalls(ABC):
             TenantOverloaded, Overloaded, DeadlineExceeded, EngineUnavailable, StoreError: As in `generate`.
         """
         resolve = partial(self._row_maker.classifier, adapter, len(inputs))
-        (result,) = await self._classify(resolve, inputs, principal, priority, timeout_s, received_at, charge)
+        (result,) = await self._classify(resolve, inputs, principal, priority, timeout_s, received_at, charge, counted)
         return result
 
     async def classify_each(
@@ -118,11 +120,13 @@ class RowCalls(ABC):
         timeout_s: float | None = None,
         received_at: float | None = None,
         charge: Charge | None = None,
+        counted: ExitStack | None = None,
     ) -> list[ClassifyResult]:
         """Classify each input with each of several adapters: one result an adapter, in their order.
 
         Each input is tokenized once. The call is counted once by admission, as one with one adapter is: it has no more
-        rows than that may have. `charge` is as in `classify`: the tokens of a row count for each adapter.
+        rows than that may have. `charge` is as in `classify`, and so is `counted`: the tokens of a row count for each
+        adapter.
 
         Raises:
             UnsupportedTask, InvalidRequest, StoreError: As in `classify`; `param` names the adapter.
@@ -131,7 +135,7 @@ class RowCalls(ABC):
         if not adapters:
             raise InvalidRequest("adapters is empty; name at least one", param="adapters")
         resolve = partial(self._row_maker.classifiers, adapters, len(inputs))
-        return await self._classify(resolve, inputs, principal, priority, timeout_s, received_at, charge)
+        return await self._classify(resolve, inputs, principal, priority, timeout_s, received_at, charge, counted)
 
     async def embed(
         self,
@@ -145,6 +149,7 @@ class RowCalls(ABC):
         timeout_s: float | None = None,
         received_at: float | None = None,
         charge: Charge | None = None,
+        counted: ExitStack | None = None,
     ) -> EmbedResult:
         """Make one vector of each input: the pooled last hidden states of the base with an adapter of any task.
 
@@ -158,7 +163,8 @@ class RowCalls(ABC):
             priority: As in `generate`, like the time limits.
             timeout_s: Likewise.
             received_at: Likewise.
-            charge: As in `classify`.
+            charge: As in `classify`, like `counted`.
+            counted: Likewise.
 
         Raises:
             PromptTooLong: An input is longer than the base's context; `param` names it.
@@ -184,7 +190,7 @@ class RowCalls(ABC):
             resolved = await self._resolving.run(resolve)
             return [RowGroup(resolved, await self._mixed_rows(resolved, inputs, images, texts, held))]
 
-        (results,), (group,), times = await self._run_rows(call, groups, timeout_s, received_at, charge)
+        (results,), (group,), times = await self._run_rows(call, groups, timeout_s, received_at, charge, counted)
         vectors = cast(list[NDArray[np.float32]], results)
         prompt_tokens = [len(row) for row in group.rows]
         if group.adapter is None:
@@ -214,6 +220,7 @@ class RowCalls(ABC):
         timeout_s: float | None,
         received_at: float | None,
         charge: Charge | None,
+        counted: ExitStack | None,
     ) -> list[ClassifyResult]:
         """Classify texts, or images, with each adapter that `resolve` gives."""
         call = self._row_call("cls", inputs, principal, priority)
@@ -233,7 +240,7 @@ class RowCalls(ABC):
             rows = await self._images.rows(images, self._row_maker.image_specs(adapters), held)
             return [RowGroup(adapter, own) for adapter, own in zip(adapters, rows, strict=True)]
 
-        results, found, times = await self._run_rows(call, groups, timeout_s, received_at, charge)
+        results, found, times = await self._run_rows(call, groups, timeout_s, received_at, charge, counted)
         return [_scores(group, own, times) for group, own in zip(found, results, strict=True)]
 
     async def _resolved_and_tokenized(
@@ -271,6 +278,7 @@ class RowCalls(ABC):
         timeout_s: float | None,
         received_at: float | None,
         charge: Charge | None,
+        counted: ExitStack | None,
     ) -> tuple[list[list[RowResult]], list[RowGroup], RowTimes]:
         """Run the rows of a call: the results of each group, the groups, and what the first part waited for."""
         runner = self._runner("classify")
@@ -298,7 +306,8 @@ class RowCalls(ABC):
                 if charge is not None:
                     # Of a part that is given up while it runs, all rows: some of them are computed.
                     charge(sum(part.prompt_tokens for part in parts if part.started_at is not None))
-            self._admission.release(call, served=True)
+            release = partial(self._admission.release, call, served=True)
+            release() if counted is None else counted.callback(release)
         began, load_s = min(
             ((part.load_began, part.load_s) for part in parts if part.load_began is not None), default=(None, 0.0)
         )

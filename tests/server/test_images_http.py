@@ -6,7 +6,7 @@ import base64
 import json
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from sera_serve.client import Classified, InvalidRequestError, SeraClient
 from sera_serve.config import ServeSettings
 from sera_serve.engine import ServingEngine
 from sera_serve.server import build_app
+from sera_serve.server.deps import RequestContext
 from support.answers import refused
 from support.factories import merged, random_adapter, random_encoder
 from support.live_server import live_server, wait_until
@@ -128,6 +129,35 @@ def test_many_adapters_at_once_are_transformers_own_merged_model(vision: Live) -
     for name, answer in zip(names, answers, strict=True):
         assert answer.status_code == 200, answer.text
         torch.testing.assert_close(scores(answer.json()), wanted[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["classify", "classify_each", "form", "embed"])
+def test_a_call_is_in_flight_until_its_answer_is_written(
+    way: str, vision: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts: list[int] = []
+    written = RequestContext.written
+
+    async def noted(context: RequestContext, pieces: Iterable[str]) -> bytes:
+        counts.append(vision.engine.in_flight("acme"))
+        content = await written(context, pieces)
+        counts.append(vision.engine.in_flight("acme"))
+        return content
+
+    monkeypatch.setattr(RequestContext, "written", noted)
+    for times in (1, 2):
+        if way == "form":
+            files = [("image", ("0.bin", FILES[0]))]
+            answer = httpx.post(f"{vision.url}/v1/classify", data={"adapter": "acme/a1"}, files=files)
+        elif way == "embed":
+            answer = post(vision, {"model": "acme/a1", "input": [image(FILES[0])]}, "/v1/embeddings")
+        else:
+            named = {"adapter": "acme/a1"} if way == "classify" else {"adapters": ["acme/a1", "acme/a2"]}
+            answer = post(vision, {**named, "inputs": [image(FILES[0])]})
+        assert answer.status_code == 200, answer.text
+        # The next request of a tenant that may have one in flight is not refused.
+        assert vision.engine.in_flight("acme") == 0
+        assert counts == [1, 1] * times
 
 
 def test_the_ways_to_send_an_image_are_one(vision: Live) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack
 
 import numpy as np
 
@@ -328,6 +329,7 @@ class StubEngine:
         timeout_s: float | None = None,
         received_at: float | None = None,
         charge: Callable[[int], None] | None = None,
+        counted: ExitStack | None = None,
     ) -> ClassifyResult:
         self.received.append(received_at)
         self.classified.append((priority, timeout_s))
@@ -354,9 +356,10 @@ class StubEngine:
         timeout_s: float | None = None,
         received_at: float | None = None,
         charge: Callable[[int], None] | None = None,
+        counted: ExitStack | None = None,
     ) -> list[ClassifyResult]:
         return [
-            await self.classify(adapter, inputs, principal, priority, timeout_s, received_at, charge)
+            await self.classify(adapter, inputs, principal, priority, timeout_s, received_at, charge, counted)
             for adapter in adapters
         ]
 
@@ -372,6 +375,7 @@ class StubEngine:
         timeout_s: float | None = None,
         received_at: float | None = None,
         charge: Callable[[int], None] | None = None,
+        counted: ExitStack | None = None,
     ) -> EmbedResult:
         self.received.append(received_at)
         self.principals.append(principal)

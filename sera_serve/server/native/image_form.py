@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 from fastapi import APIRouter, Response
 from starlette.routing import Match
 from starlette.types import Scope
@@ -58,10 +60,11 @@ async def classify_form(context: ContextOf) -> Response:
     adapter, images = await context.run(context.executors.forms, _read, body, content_type, context.settings.max_images)
     account = context.open_account(context.principal(adapter), None)
     options = account.principal, account.priority, None, context.received_at, account.charge_rows
-    work = context.engine.classify(adapter, images, *options)
-    result = await context.finish(work)
-    account.count_classified([result])
-    return Response(await context.written(pieces_of(result)), media_type="application/json")
+    with ExitStack() as counted:
+        result = await context.finish(context.engine.classify(adapter, images, *options, counted))
+        account.count_classified([result])
+        content = await context.written(pieces_of(result))
+    return Response(content, media_type="application/json")
 
 
 def _read(body: bytes, content_type: str, max_images: int) -> tuple[str, list[ImageInput]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 
 from fastapi import APIRouter, Response
@@ -63,17 +64,19 @@ async def classify(body: ClassifyRequest, context: ContextOf) -> Response:
     principal = context.principal(body.adapter) if several is None else context.principal_of_all(several)
     account = context.open_account(principal, _asked(body))
     options = account.principal, account.priority, body.timeout_s, context.received_at, account.charge_rows
-    if several is None:
-        assert body.adapter is not None
-        result = await context.finish(context.engine.classify(body.adapter, body.inputs, *options))
-        account.count_classified([result])
-        pieces = pieces_of(result)
-    else:
-        results = await context.finish(context.engine.classify_each(several, body.inputs, *options))
-        account.count_classified(results)
-        pieces = pieces_of_each(results)
+    with ExitStack() as counted:
+        if several is None:
+            assert body.adapter is not None
+            result = await context.finish(context.engine.classify(body.adapter, body.inputs, *options, counted))
+            account.count_classified([result])
+            pieces = pieces_of(result)
+        else:
+            results = await context.finish(context.engine.classify_each(several, body.inputs, *options, counted))
+            account.count_classified(results)
+            pieces = pieces_of_each(results)
+        content = await context.written(pieces)
     # The framework would check the answer against its own form again.
-    return Response(await context.written(pieces), media_type="application/json")
+    return Response(content, media_type="application/json")
 
 
 def _asked(body: GenerateRequest | ClassifyRequest) -> Priority | None:

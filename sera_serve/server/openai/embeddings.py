@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from array import array
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -168,25 +168,27 @@ async def embeddings(body: EmbeddingRequest, context: ContextOf) -> Response:
             param="dimensions",
         )
     adapter = adapter_of(body.model, context.engine)
-    with translated_errors("input"), _named_as_sent(body.input):
-        account = context.open_account(context.principal(adapter), body.priority)
-        work = context.engine.embed(
-            adapter,
-            body.input.values,
-            account.principal,
-            pooling=body.pooling,
-            normalize=body.normalize is not False,
-            priority=account.priority,
-            timeout_s=body.timeout_s,
-            received_at=context.received_at,
-            charge=account.charge_rows,
-        )
-        result = await context.finish(work)
-    account.count_embedded(result)
-    tokens = sum(result.prompt_tokens)
-    head = to_json({"object": "list", "model": body.model})
-    usage = to_json({"prompt_tokens": tokens, "total_tokens": tokens})
-    content = await context.written(_pieces(head, result.vectors, body.encoding_format or "float", usage))
+    with ExitStack() as counted:
+        with translated_errors("input"), _named_as_sent(body.input):
+            account = context.open_account(context.principal(adapter), body.priority)
+            work = context.engine.embed(
+                adapter,
+                body.input.values,
+                account.principal,
+                pooling=body.pooling,
+                normalize=body.normalize is not False,
+                priority=account.priority,
+                timeout_s=body.timeout_s,
+                received_at=context.received_at,
+                charge=account.charge_rows,
+                counted=counted,
+            )
+            result = await context.finish(work)
+        account.count_embedded(result)
+        tokens = sum(result.prompt_tokens)
+        head = to_json({"object": "list", "model": body.model})
+        usage = to_json({"prompt_tokens": tokens, "total_tokens": tokens})
+        content = await context.written(_pieces(head, result.vectors, body.encoding_format or "float", usage))
     return Response(content, media_type="application/json")
 
 
