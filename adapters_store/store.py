@@ -245,8 +245,17 @@ class AdapterStore(StoredBundles):
             return None
         return any(record.digest == digest for record in self._records(name, manifest))
 
-    def set_alias(self, name: str, alias: str, ref: str) -> None:
+    def aliases(self, name: str) -> tuple[dict[str, int], list[StoreCorrupted]]:
+        """Version by alias of adapter `name`, and the damage of those aliases that cannot be read."""
+        parse_adapter(name)
+        manifest = self._backend.manifest(name)
+        return manifest.aliases, [manifest.damaged[alias] for alias in sorted(manifest.damaged)]
+
+    def set_alias(self, name: str, alias: str, ref: str) -> int:
         """Point an alias of adapter `name` to the version that `ref`, a reference to the same adapter, names.
+
+        Returns:
+            The version.
 
         Raises:
             InvalidAdapterName: The alias reads as a version or digest, or `ref` is another adapter's.
@@ -267,9 +276,10 @@ class AdapterStore(StoredBundles):
                     "one, or move one that is there",
                     param="alias",
                 )
-            change = Change(set_aliases={alias: self._find(parsed).version})
+            version = self._find(parsed).version
+            change = Change(set_aliases={alias: version})
             if self._backend.commit(name, change, manifest.revision).outcome is Outcome.COMMITTED:
-                return
+                return version
 
     def remove_alias(self, name: str, alias: str) -> int:
         """Remove an alias other than `latest`, and return the version that it had; 0 where it was damaged.

@@ -339,9 +339,12 @@ def alias(
             opened.remove_alias(ref, alias)
             _audit(opened, "alias.remove", name, alias=alias)
         else:
-            opened.set_alias(name, alias, ref)
-            _audit(opened, "alias.set", name, alias=alias, version=opened.resolve(f"{name}@{alias}").version)
-        aliases = opened.inspect(name).aliases
+            version = opened.set_alias(name, alias, ref)
+            _audit(opened, "alias.set", name, alias=alias, version=version)
+        # What was asked for is done, whatever else is damaged.
+        aliases, damaged = opened.aliases(name)
+        for damage in damaged:
+            say(f"sera-serve: {damage.message}", err=True)
         shown = ", ".join(f"{held}=v{version}" for held, version in aliases.items())
         report(as_json, f"{name}: {shown}", adapter=name, aliases=aliases)
 

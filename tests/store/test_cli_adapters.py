@@ -276,6 +276,24 @@ def test_delete_and_alias(run: Run, store: AdapterStore) -> None:
     assert list(store.iter_adapters()) == []
 
 
+@pytest.mark.parametrize("file", ["aliases/old.json", "aliases/latest.json", "versions/v2.json"])
+def test_an_alias_is_pointed_and_removed_beside_damage(file: str, run: Run, store: AdapterStore) -> None:
+    for seed in range(2):
+        store.publish(make_bundle(seed), NAME)
+    store.set_alias(NAME, "old", f"{NAME}@v1")
+    path = store.root / "adapters" / NAME / file
+    path.write_text("{")
+    left = {"latest": 2, "old": 1}
+    left.pop(path.stem, None)
+    for words, aliases in (
+        (["alias", f"{NAME}@v1", "stable"], {**left, "stable": 1}),
+        (["alias", NAME, "stable", "--remove"], left),
+    ):
+        result = run(*words, "--json")
+        assert result.exit_code == 0 and json.loads(result.stdout)["aliases"] == aliases
+        assert (f"{path} is damaged" in result.stderr) == (path.parent.name == "aliases")
+
+
 @pytest.mark.parametrize("last", ["@v2", "@latest", ""])
 def test_shares_end_with_the_last_version(last: str, run: Run, store: AdapterStore) -> None:
     for seed in range(2):
