@@ -274,7 +274,9 @@ def _summarise(settings: TrainSettings, result: Any) -> None:
     typer.echo("Serve it:")
     quantized = "" if settings.quantize == "none" else f" --quantize {settings.quantize}"
     typer.echo(f"  sera-serve serve --base {settings.base}{quantized} --store {settings.store}")
-    typer.echo(f"  curl http://localhost:8000/v1/{_request(settings, result)}")
+    # A server that needs no key does not read the header.
+    typer.echo("Ask it, with a key in SERA_KEY where the server needs keys:")
+    typer.echo(f'  curl -H "Authorization: Bearer $SERA_KEY" http://localhost:8000/v1/{_request(settings, result)}')
 
 
 def _request(settings: TrainSettings, result: Any) -> str:

@@ -1,6 +1,7 @@
 """The command as a user runs it: its JSON line, its summary, its errors and exit codes."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -75,7 +76,12 @@ def test_the_summary_says_how_to_serve(
     captured = capsys.readouterr()
     assert "acme/tiny version 1 is published" in captured.out
     assert f"sera-serve serve --base {command['--base']} --store {command['--store']}" in captured.out
-    assert '-d \'{"adapter": "acme/tiny", "inputs": ["some text"]}\'' in captured.out
+    [line] = [line for line in captured.out.splitlines() if "curl" in line]
+    *words, body = shlex.split(line)
+    # In double quotes, so that the shell puts the key in.
+    assert '"Authorization: Bearer $SERA_KEY"' in line
+    assert words[:4] == ["curl", "-H", "Authorization: Bearer $SERA_KEY", "http://localhost:8000/v1/classify"]
+    assert json.loads(body) == {"adapter": "acme/tiny", "inputs": ["some text"]}
     assert "accuracy" in captured.out
     assert "epoch 1 of 1: loss" in captured.err
 
