@@ -367,8 +367,10 @@ def _train(trainer: AdapterTrainer, settings: TrainSettings, checkpoint: Path | 
 
 
 def _diverged(what: str, settings: TrainSettings) -> TrainingFailed:
+    head = settings.head_learning_rate
+    of_head = "" if head is None else f" or --head-learning-rate (now {head})"
     return TrainingFailed(
-        f"{what}; lower --learning-rate (now {settings.peak_learning_rate}) and run again with --no-resume",
+        f"{what}; lower --learning-rate (now {settings.peak_learning_rate}){of_head} and run again with --no-resume",
         param="learning_rate",
     )
 

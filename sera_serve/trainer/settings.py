@@ -446,6 +446,9 @@ class TrainSettings(BaseModel):
                 fault, param = "--augment is not for method head-only, which reads each image once", "augment"
             elif given:
                 fault, param = f"{flag(given[0])} has no meaning for method head-only", given[0]
+            elif self.head_learning_rate is not None and self.learning_rate is not None:
+                fault = "--learning-rate is not read by method head-only beside --head-learning-rate"
+                param = "learning_rate"
         elif self.lora_plus_ratio is not None and "b" not in trained:
             fault = "--lora-plus-ratio sets the learning rate of B, and B does not train"
         if fault is not None:

@@ -107,6 +107,8 @@ def test_options_without_meaning_for_the_kept_method_are_refused(
             option,
             f"--{shown} has no meaning for method head-only; leave it out",
         )
+    error = refusal("acme/head", learning_rate=0.01, head_learning_rate=0.1)
+    assert error.param == "learning_rate" and "beside --head-learning-rate; leave it out" in error.message
     for origin in ("acme/c", "acme/a"):
         assert "B does not train; leave it out" in refusal(origin, lora_plus_ratio=16).message
     config = AdapterStore(tmp_path / "store").config(AdapterStore(tmp_path / "store").resolve("acme/head").digest)

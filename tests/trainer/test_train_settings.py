@@ -60,6 +60,10 @@ def test_targets_and_factors_from_one_flag() -> None:
         ({"method": "lora", "train_factors": "c"}, "this method trains a,b"),
         ({"train_factors": []}, "train_factors is empty; this method trains a,c,b"),
         ({"method": "head-only", "rank": 8}, "--rank has no meaning for method head-only"),
+        (
+            {"method": "head-only", "learning_rate": 0.01, "head_learning_rate": 0.1},
+            "--learning-rate is not read by method head-only beside --head-learning-rate; leave it out",
+        ),
         ({"method": "head-only", "task": "generate"}, "no head to train for task generate"),
         ({"prompt_column": "p", "completion_column": "c"}, "--prompt-column is for task generate"),
         ({"task": "generate", "label_column": "x"}, "--label-column is for tasks classify, regress"),
