@@ -106,6 +106,19 @@ def test_two_comparisons_do_not_share_a_file(fake: Fake, tmp_path: Path) -> None
     assert fake.runs() == []
 
 
+def test_what_another_comparison_has_run_meanwhile_is_not_made_again(fake: Fake, tmp_path: Path) -> None:
+    results = tmp_path / "r.jsonl"
+    first, second = (runner_of(fake, results, plan_of()) for _ in range(2))
+    first.run(5)
+    second.run(3)
+    assert len(fake.runs()) == 8
+    first.run()
+    assert len(fake.runs()) == len(results.read_text().splitlines()) == 16
+    assert first.pending() == [] and len(second.pending()) == 8
+    second.run()
+    assert second.pending() == [] and len(fake.runs()) == 16
+
+
 def test_a_run_that_fails_is_in_the_table_and_ends_no_other(fake: Fake, tmp_path: Path) -> None:
     plan = plan_of(methods=[{"method": "lora", "rank": [13, 8]}, {"method": "vera"}])
     runner = runner_of(fake, tmp_path / "r.jsonl", plan)

@@ -26,25 +26,28 @@ class ResultsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: dict[str, dict[str, Any]] = {}
-        if not path.exists():
-            return
-        data = path.read_bytes()
-        whole, _, _ = data.rpartition(b"\n")
-        for number, line in enumerate(whole.splitlines(), start=1):
+        if path.exists():
+            self._read(path.read_bytes().rpartition(b"\n")[0])
+
+    def _read(self, lines: bytes) -> None:
+        self.records = {}
+        for number, line in enumerate(lines.splitlines(), start=1):
             try:
                 record = json.loads(line)
                 self.records[record["run"]] = record
             except (ValueError, KeyError, TypeError) as error:
                 raise InvalidConfiguration(
-                    f"{path} line {number} is not a result of a comparison; give another --results", param="results"
+                    f"{self.path} line {number} is not a result of a comparison; give another --results",
+                    param="results",
                 ) from error
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the file alone, and cut off a torn last line.
+        """Hold the file alone, cut off a torn last line, and read what others have added.
 
         Raises:
             RunInProgress: Another comparison writes to this file.
+            InvalidConfiguration: A line is not a result.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with try_file_lock(str(self.path)) as is_ours:
@@ -53,6 +56,8 @@ class ResultsFile:
             with self.path.open("rb+") as file:
                 whole, newline, _ = file.read().rpartition(b"\n")
                 file.truncate(len(whole) + len(newline))
+            # Another comparison may have run since this one began.
+            self._read(whole)
             yield
 
     def check_schedule(self) -> None:

@@ -60,7 +60,9 @@ class CompareRunner:
         self.adapters_python = adapters_python
         self.python = python
         self.hold = hold
-        self._retried = {r for r, record in results.records.items() if "error" in record} if retry_failed else set()
+        self._retry_failed = retry_failed
+        # Digests of the runs that this object has made.
+        self._own: set[str] = set()
         self._workers: dict[str, subprocess.Popen[str]] = {}
         self._probes: dict[str, float] = {}
         self._specs: dict[tuple[str, str, str, int, float | None, str], RunSpec] = {}
@@ -83,7 +85,9 @@ class CompareRunner:
         return self._record(self._spec(cell, seed, rate, "score")) if known else None
 
     def _record(self, spec: RunSpec) -> dict[str, Any] | None:
-        return None if spec.digest in self._retried else self.results.records.get(spec.digest)
+        record = self.results.records.get(spec.digest)
+        is_retried = record is not None and "error" in record and self._retry_failed and spec.digest not in self._own
+        return None if is_retried else record
 
     def _rate(self, cell: Cell) -> tuple[bool, float | None]:
         """Return (whether the rate is known, the rate or None for the method's default)."""
@@ -195,7 +199,7 @@ class CompareRunner:
             "wall_seconds": round(time.monotonic() - started, 1),
             **result,
         }
-        self._retried.discard(spec.digest)
+        self._own.add(spec.digest)
         self.results.add(record)
         shown = f"{score} {record['score']:.4f}" if "score" in record else f"failed: {record['error']}"
         rate = record["learning_rate"]
