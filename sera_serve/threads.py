@@ -356,6 +356,10 @@ class SharedCall(Generic[T]):
         # Who gives up leaves the call to the others.
         return await asyncio.shield(self._call)
 
+    def close(self) -> None:
+        """Begin no more calls, and end the thread; see `BoundedExecutor.close`."""
+        self._thread.close()
+
 
 def _closed() -> EngineUnavailable:
     return EngineUnavailable("the server is stopping; send the request again when it is back")

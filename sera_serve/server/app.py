@@ -79,6 +79,7 @@ def build_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         executors = app.state.executors = Executors.of(settings)
         texts = app.state.texts = Texts(engine, store)
+        calls = app.state.operator_calls = health.OperatorCalls.of(store, engine, metrics)
         engine.start()
         access.start()
         training.supervisor.start()
@@ -89,6 +90,7 @@ def build_app(
         finally:
             executors.close()
             texts.close()
+            calls.close()
             await ended(training.close, "training jobs")
             await ended(engine.stop, "the engine")
             await ended(access.stop, "the keys")
@@ -122,7 +124,6 @@ def build_app(
     app.state.metrics = metrics
     app.state.accounting = Accounting(metrics, quotas)
     app.state.loop_watch = LoopWatch(metrics.registry)
-    app.state.operator_calls = health.OperatorCalls.of(store, engine, metrics)
     app.state.upload_slots = UploadSlots(settings.max_uploads)
     operators = (stats.router, health.router, openapi.router, docs_page.router, console.router)
     routers = (*native.ROUTERS, *openai.ROUTERS, *operators)

@@ -181,3 +181,18 @@ def test_a_body_that_comes_during_the_end_is_served(base: FrozenBase, store: Ada
         response = client.response()
         assert (response.status, response.headers["connection"]) == (200, "close")
         ending.result(30)
+
+
+def test_the_threads_of_probes_and_scrapes_end_with_the_app(base: FrozenBase, store: AdapterStore) -> None:
+    before = set(threading.enumerate())
+    engine = StubEngine(base)
+    with stopping(build_app(engine, store, ServeSettings(store=store.root))) as (url, stop):
+        for path in ("/readyz", "/metrics"):
+            assert httpx.get(url + path).status_code == 200
+        names = {"a check of the store", "a check of the engine", "metrics"}
+        started = [each for each in threading.enumerate() if each not in before and each.name in names]
+        assert {each.name for each in started} == names
+        stop()
+        for each in started:
+            each.join(10)
+            assert not each.is_alive(), each.name
