@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -224,15 +225,21 @@ def content_hash(manifest: str, data: Sequence[memoryview]) -> str:
 
 
 def hash_meanwhile(manifest: str, data: Sequence[memoryview]) -> Callable[[], str]:
-    """Begin to compute `content_hash`; the result waits for it. The data must not change until then."""
+    """Begin to compute `content_hash`; the result waits for it. The data must not change until then.
+
+    Little data, and data for which no thread can be started, is hashed by whoever waits.
+    """
     if sum(part.nbytes for part in data) < _HASHED_BESIDE_FROM:
-        return lambda: content_hash(manifest, data)
+        return partial(content_hash, manifest, data)
     found: list[str] = []
     # A daemon, because nobody waits for it where the bundle is refused.
     thread = threading.Thread(
         target=lambda: found.append(content_hash(manifest, data)), name="bundle-hash", daemon=True
     )
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:
+        return partial(content_hash, manifest, data)
 
     def wait() -> str:
         thread.join()

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,19 @@ def test_spelling_of_the_configuration_does_not_matter(hashed_from: int, monkeyp
     respelled = json.dumps(dict(reversed(value.items())), indent=3).encode()
     members = (("adapter_config.json", respelled), ("adapter_model.safetensors", model))
     assert AdapterBundle.from_bytes(tar_bytes(*members)).digest == bundle.digest
+
+
+def test_a_bundle_is_read_where_no_thread_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(bundle_module, "_HASHED_BESIDE_FROM", 0)
+    bundle = make_bundle()
+    data = bundle.to_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fails)
+        read = AdapterBundle.from_bytes(data)
+        assert read.digest == bundle.digest
 
 
 def test_bundle_does_not_follow_the_training_that_goes_on() -> None:
