@@ -38,7 +38,7 @@ class TimelessLoop(asyncio.SelectorEventLoop):
         return self.now
 
     def call_later(self, delay: float, callback: Callable[..., object], *args: Any, **options: Any) -> Any:
-        if delay < 0.1:
+        if delay <= 0.1:
             # `LoopTurns` rests for as long as the machine worked, however busy it is.
             return self.call_soon(callback, *args, **options)
         return super().call_later(delay, callback, *args, **options)
