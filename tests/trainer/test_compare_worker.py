@@ -51,7 +51,7 @@ def test_the_worker_does_not_hear_an_interrupt_and_ends_with_its_input(tiny_enco
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | {"TMPDIR": str(tmp_path)},
     )
     assert worker.stdin is not None and worker.stdout is not None and worker.stderr is not None
     assert worker.stdout.readline() == "ready\n"
@@ -59,6 +59,7 @@ def test_the_worker_does_not_hear_an_interrupt_and_ends_with_its_input(tiny_enco
     worker.stdin.flush()
     wait_for(lambda: bool(psutil.Process(worker.pid).children()))
     (child,) = psutil.Process(worker.pid).children()
+    wait_for(lambda: any(tmp_path.glob("compare-*/**/store")))
     for pid in (worker.pid, child.pid):
         os.kill(pid, signal.SIGINT)
     time.sleep(1)
@@ -70,6 +71,7 @@ def test_the_worker_does_not_hear_an_interrupt_and_ends_with_its_input(tiny_enco
     worker.stdout.close()
     worker.stderr.close()
     assert "Traceback" not in words
+    assert not list(tmp_path.glob("compare-*"))
 
 
 @pytest.mark.parametrize("moment", ["importing", "training", "killed"])

@@ -12,6 +12,7 @@ import json
 import os
 import select
 import signal
+import tempfile
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -34,17 +35,22 @@ def main() -> None:
     print("ready", file=results, flush=True)
     with os.fdopen(os.dup(0)) as runs:
         while line := runs.readline():
-            results.write(json.dumps(_in_child(train_one, json.loads(line))) + "\n")
+            # Here, because the process of a run may be killed. A run keeps checkpoints of all that it trains.
+            with tempfile.TemporaryDirectory(prefix="compare-", ignore_cleanup_errors=True) as folder:
+                result = _in_child(train_one, json.loads(line), folder)
+            results.write(json.dumps(result) + "\n")
             results.flush()
 
 
-def _in_child(train_one: TrainOne, run: dict[str, Any]) -> dict[str, Any]:
+def _in_child(train_one: TrainOne, run: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Train a run in a process of its own, whose temporary files are all in `folder`."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         status = 1
         try:
             os.close(reading)
+            tempfile.tempdir = folder
             with os.fdopen(writing, "w") as pipe:
                 json.dump(train_one(run), pipe)
             status = 0
@@ -61,7 +67,8 @@ def _in_child(train_one: TrainOne, run: dict[str, Any]) -> dict[str, Any]:
             if 0 in ready:
                 # Nothing is sent while a run is under way, so this is the end of the input.
                 os.kill(child, signal.SIGKILL)
-                os._exit(1)
+                os.waitpid(child, 0)
+                raise SystemExit(1)
             part = os.read(pipe.fileno(), 1 << 16)
             if not part:
                 break
