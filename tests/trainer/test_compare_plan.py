@@ -70,6 +70,7 @@ def test_the_part_that_is_held_out_is_for_data_without_a_file_of_its_own() -> No
         "one": {"train": "one.csv", "eval": "e.csv", "task": "classify"},
         "two": {"train": "two.csv", "task": "classify"},
     }
+    data["two"]["test"] = "test.csv"
     for fraction, chosen in ((0.3, "accuracy"), (0, None)):
         plan = ComparePlan.model_validate(plan_of(data=data, settings={"eval_fraction": fraction}))
         specs = {cell.data: plan.spec(cell, 0, None, "score").settings for cell in plan.cells()}
@@ -207,6 +208,25 @@ def test_a_loss_is_better_when_it_is_lower() -> None:
         ({"settings": {"lora_plus_ratio": 4}}, "vera r=64: lora_plus_ratio sets the learning rate of B, and vera has"),
         ({"settings": {"task": "clasify"}}, "sera r=8 on one over tiny: task: "),
         ({"settings": {"seed": 3}}, "settings: seed is set by the comparison"),
+        ({"settings": {"checkpoint_seconds": 9}}, "settings: checkpoint_seconds is set by the comparison"),
+        ({"bases": {"tiny": {"base": "embedded", "plot": "a.png"}}}, "bases.tiny: plot is set by the comparison"),
+        ({"settings": {"rank_pattern": "q_proj=2"}}, "vera r=64: rank_pattern has no meaning for method vera; give it"),
+        ({"settings": {"budget": 4}}, "vera r=64: budget has no meaning for method vera; give it in the methods"),
+        (
+            {"methods": [{"method": "sera"}, {"method": "full"}], "settings": {"quantize": "int8"}},
+            "full: quantize is int8, and full fine-tuning trains every weight",
+        ),
+        (
+            {"data": {"one": {"train": "one.csv", "eval_fraction": 0}}},
+            "sera r=8 on one over tiny: eval_fraction is 0, and no row is left to score by; give eval, or",
+        ),
+        (
+            {
+                "data": {"one": {"train": "one.csv", "test": "one.csv", "eval_fraction": 0}},
+                "learning_rates": {"ladder": [1e-3], "start": [1e-3]},
+            },
+            "sera r=8 on one over tiny: eval_fraction is 0, and no row is left to choose a learning rate by; give eval",
+        ),
         ({"settings": {"epochs": "many"}}, "sera r=8 on one over tiny: epochs: "),
         ({"seeds": [0, 0]}, "seeds has a seed twice"),
         ({"seeds": []}, "seeds: "),
@@ -247,6 +267,23 @@ def test_files_that_are_not_there_are_told_before_the_first_run(
     assert not list(tmp_path.glob("*.jsonl"))
     plan = ComparePlan.model_validate(plan_of(data={"one": {"train": "one.csv"}, "two": {"train": "hub:owner/name"}}))
     plan.check_files(path)
+
+
+def test_no_table_is_written_over_the_rows_of_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there").symlink_to(tmp_path)
+    rows = write_csv(tmp_path / "words.csv", ending_rule(8)).read_bytes()
+    Path("words.yaml").write_text(yaml.safe_dump(plan_of(data={"one": {"train": "there/words.csv"}})))
+    done = CliRunner().invoke(_app(), ["compare", "words.yaml", "--limit", "0"])
+    assert done.exit_code == 2
+    assert "words.csv would be written over data.one.train (there/words.csv); give another --output" in done.stderr
+    assert Path("words.csv").read_bytes() == rows
+    done = CliRunner().invoke(_app(), ["compare", "words.yaml", "--limit", "0", "--output", "tables"])
+    assert done.exit_code == 0 and Path("tables/words.csv").is_file()
+    # In a folder of rows, it would change the names of all runs.
+    folder = plan_of(data={"one": {"train": ".", "task": "image-classify"}})
+    with pytest.raises(InvalidConfiguration, match=r"tables/x.md would be written over data.one.train"):
+        ComparePlan.model_validate(folder).check_outputs(Path("words.yaml"), [Path("tables/x.md")])
 
 
 def test_a_disk_that_is_full_is_told_by_what_the_system_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,9 @@ def compare_command(
         compared = read_plan(plan, places)
         compared.check_files(plan)
         path = results or compared.results or plan.with_name(f"{plan.stem}.results.jsonl")
+        name = path.name.removesuffix(".jsonl").removesuffix(".results")
+        tables = [(output or path.parent) / f"{name}{suffix}" for suffix in (".csv", ".md", ".png")]
+        compared.check_outputs(plan, [path, *tables])
         runner = CompareRunner(
             compared,
             ResultsFile(path),
@@ -76,7 +79,7 @@ def compare_command(
                 runner.run(limit)
         except KeyboardInterrupt:
             stopped = True
-    _show(runner, path, output, as_json)
+    _show(runner, path, tables, as_json)
     if stopped:
         _fail("stopped; the same command goes on with the runs that are left", 130)
 
@@ -96,7 +99,7 @@ def _fail(message: str, status: int) -> NoReturn:
     fail("train_adapter compare", message, status)
 
 
-def _show(runner: Any, path: Path, output: Path | None, as_json: bool) -> None:
+def _show(runner: Any, path: Path, tables: list[Path], as_json: bool) -> None:
     from dataclasses import asdict
 
     from sera_serve.trainer.compare.plot import plot_scores
@@ -104,13 +107,12 @@ def _show(runner: Any, path: Path, output: Path | None, as_json: bool) -> None:
 
     cells = summarise(runner)
     left = len(runner.pending())
-    folder = output or path.parent
-    name = path.name.removesuffix(".jsonl").removesuffix(".results")
+    csv, markdown, picture = tables
     with _told(1):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.csv").write_text(as_csv(cells), encoding="utf-8")
-        (folder / f"{name}.md").write_text(as_markdown(cells), encoding="utf-8")
-        plotted = plot_scores(folder / f"{name}.png", cells)
+        csv.parent.mkdir(parents=True, exist_ok=True)
+        csv.write_text(as_csv(cells), encoding="utf-8")
+        markdown.write_text(as_markdown(cells), encoding="utf-8")
+        plotted = plot_scores(picture, cells)
     console = PlainConsole(highlight=False)
     if not console.is_terminal:
         # A pipe has no width, and a table cut to 80 columns is of no use.
@@ -118,7 +120,7 @@ def _show(runner: Any, path: Path, output: Path | None, as_json: bool) -> None:
     show_table(console, as_table(cells))
     for line in errors_of(cells):
         say(line)
-    files = f"{folder / name}.csv, .md" + (" and .png" if plotted else "")
+    files = f"{csv}, .md" + (" and .png" if plotted else "")
     typer.echo(f"{left} of {len(runner.plan.ordered())} runs are left; written: {files}")
     if as_json:
         typer.echo(json.dumps({"left": left, "results": str(path), "cells": [asdict(cell) for cell in cells]}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -34,7 +34,11 @@ from sera_serve.trainer.together.records import contents_digest
 
 _OPEN = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 # The comparison sets these itself.
-_OWN = ("store", "name", "work_dir", "resume", "seed", "method", "description", "init_from")
+_OWN = (
+    *("store", "name", "work_dir", "resume", "checkpoint_seconds", "seed", "method", "description", "init_from"),
+    # One file would be of every run.
+    "plot",
+)
 _PACKAGE = "package:"
 # Of every metric that a task computes, those of task_options and those that choose no epoch.
 LOWER_IS_BETTER = frozenset({*LOSSES, "perplexity", "bits_per_byte"})
@@ -164,6 +168,10 @@ class ComparePlan(BaseModel):
             if variant.data is None or data in variant.data
         ]
 
+    def tuning_cells(self, rule: LearningRateRule, cell: Cell) -> list[Cell]:
+        """Return the places whose runs choose the learning rate of `cell`."""
+        return [Cell(cell.base, data, cell.variant) for data in rule.data or [cell.data]]
+
     def ordered(self) -> list[tuple[Cell, int]]:
         """Return every run that counts, (cell, seed), in the order in which they are made."""
         places: dict[Loop, list[Any]] = {
@@ -207,12 +215,9 @@ class ComparePlan(BaseModel):
             InvalidConfiguration: There are some. `path` is the plan's, for the message.
         """
         absent = [
-            f"{where}.{name} is {options[name]}"
-            for where, options in self._option_groups()
-            for name in FILES
-            if options.get(name) is not None
-            and not str(options[name]).startswith(HUB)
-            and not Path(str(options[name])).exists()
+            f"{where} is {name}"
+            for where, name in self._files()
+            if not name.startswith(HUB) and not Path(name).exists()
         ]
         if absent:
             raise InvalidConfiguration(
@@ -220,6 +225,28 @@ class ComparePlan(BaseModel):
                 "the working folder",
                 param="plan",
             )
+
+    def check_outputs(self, path: Path, outputs: Iterable[Path]) -> None:
+        """Refuse to write over what the runs read: a table `sms.csv` over the rows of a plan `sms.yaml`.
+
+        Raises:
+            InvalidConfiguration: An output is the plan itself, one of its files, or within one of its folders.
+        """
+        inputs = {"the plan": path} | {where: Path(name) for where, name in self._files() if not name.startswith(HUB)}
+        for output in outputs:
+            for where, used in inputs.items():
+                if output.resolve().is_relative_to(used.resolve()):
+                    raise InvalidConfiguration(
+                        f"{output} would be written over {where} ({used}); give another --output or --results",
+                        param="output",
+                    )
+
+    def _files(self) -> Iterator[tuple[str, str]]:
+        """Every file and folder of data, by its place in the plan."""
+        for where, options in self._option_groups():
+            for name in FILES:
+                if options.get(name) is not None:
+                    yield f"{where}.{name}", str(options[name])
 
     def _metrics(self, data: str) -> tuple[str, ...]:
         options = self._options(data)
@@ -254,9 +281,16 @@ class ComparePlan(BaseModel):
         if options.get("eval") is not None:
             # The plan's part is for the data without a file of its own.
             options.pop("eval_fraction", None)
-        score = self.score_of(cell.data)
-        if score in self._metrics(cell.data) and options.get("eval_fraction") != 0:
+        score, evaluates = self.score_of(cell.data), options.get("eval_fraction") != 0
+        if score in self._metrics(cell.data) and evaluates:
             options.setdefault("select_by", score)
+        # A folder of images may have parts for evaluation and test.
+        if not evaluates and (purpose == "rate" or options.get("test") is None) and options["task"] != "image-classify":
+            raise InvalidConfiguration(
+                f"{cell.variant.label} on {cell.data} over {cell.base}: eval_fraction is 0, and no row is left to "
+                f"{'choose a learning rate' if purpose == 'rate' else 'score'} by; give eval, or an eval_fraction",
+                param="eval_fraction",
+            )
         if learning_rate is not None:
             options["learning_rate"] = learning_rate
         if purpose == "rate":
@@ -348,5 +382,10 @@ def read_plan(path: Path, bases: Mapping[str, str] | None = None) -> ComparePlan
         plan = plan.model_copy(update={"bases": {**plan.bases, name: moved}})
     for cell, seed in plan.ordered():
         plan.spec(cell, seed, cell.variant.learning_rate, "score")
+    if (rule := plan.learning_rates) is not None:
+        for cell in plan.cells():
+            if cell.variant.learning_rate is None:
+                for each in plan.tuning_cells(rule, cell):
+                    plan.spec(each, rule.seed, rule.start[0], "rate")
     plan.check_scores(path)
     return plan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -17,6 +18,8 @@ Size = Annotated[int, Field(ge=1)]
 Sizes = Size | Annotated[list[Size], Field(min_length=1)]
 DEFAULT_RANK = 8
 _WITHOUT_RANK = (*NEED_ADAPTERS, "full", "head-only")
+# Of the options that shape an adapter, those that a run of a baseline may have.
+_SHAPES_BASELINES = {"method", "rank", *chain.from_iterable(ADAPTER_OPTIONS.values())}
 
 
 class ComparedMethod(BaseModel):
@@ -98,8 +101,22 @@ def shape_of(variant: Variant, baseline: BaselineShape, settings: Mapping[str, A
     """The shape of a baseline in one run, of which `settings` are the options.
 
     Raises:
-        InvalidConfiguration: The baseline has no factor for LoRA+.
+        InvalidConfiguration: An option would make another adapter of our methods alone, or the baseline has no factor
+            for LoRA+, or would train weights that are quantized.
     """
+    for name, value in settings.items():
+        if value is not None and shapes_adapter(name) and name not in _SHAPES_BASELINES:
+            raise InvalidConfiguration(
+                f"{variant.label}: {name} has no meaning for method {baseline.method}; give it in the methods that "
+                "have it",
+                param=name,
+            )
+    if baseline.method == "full" and settings.get("quantize", "none") != "none":
+        raise InvalidConfiguration(
+            f"{variant.label}: quantize is {settings['quantize']}, and full fine-tuning trains every weight, which a "
+            "quantized one cannot; give quantize in the other methods",
+            param="quantize",
+        )
     if settings.get("lora_plus_ratio") is not None and baseline.method not in WITH_LORA_B:
         raise InvalidConfiguration(
             f"{variant.label}: lora_plus_ratio sets the learning rate of B, and {baseline.method} has no B of LoRA; "
