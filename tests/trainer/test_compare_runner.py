@@ -191,7 +191,24 @@ def test_an_environment_that_computes_another_base_is_refused(fake: Fake, tmp_pa
     runner = runner_of(fake, tmp_path / "r.jsonl", plan, adapters_python=str(other.path))
     runner.run()
     errors = [cell.error for cell in summarise(runner) if cell.method.startswith("pfeiffer")]
-    assert all(error is not None and "the base computes other states" in error for error in errors)
+    assert all(error is not None and "base tiny computes other states than in earlier" in error for error in errors)
+
+
+def test_a_base_is_compared_with_that_of_earlier_commands(fake: Fake, tmp_path: Path) -> None:
+    """A folder under the same name, or another environment that has the last runs."""
+    plan = plan_of(methods=[{"method": "lora"}], seeds=[0])
+    runner_of(fake, tmp_path / "r.jsonl", plan).run(1)
+    runner = runner_of(Fake(tmp_path, "other", probe=1.01), tmp_path / "r.jsonl", plan)
+    runner.run()
+    assert [cell.runs for cell in summarise(runner)] == [1, 0]
+
+
+def test_a_base_in_another_form_is_another_base(fake: Fake, tmp_path: Path) -> None:
+    methods = [{"method": "lora", "name": f"over {form}", "quantize": form} for form in ("none", "int4")]
+    runner_of(fake, tmp_path / "r.jsonl", plan_of(methods=methods[:1])).run()
+    runner = runner_of(Fake(tmp_path, "other", probe=1.01), tmp_path / "r.jsonl", plan_of(methods=methods))
+    runner.run()
+    assert [(cell.runs, cell.failed) for cell in summarise(runner)] == [(2, 0)] * 4
 
 
 def test_an_environment_that_cannot_run_is_no_failed_run(fake: Fake, tmp_path: Path) -> None:
@@ -233,6 +250,15 @@ def test_the_plot_has_a_panel_for_each_data_set(fake: Fake, tmp_path: Path) -> N
     assert plot_scores(tmp_path / "plot.png", summarise(runner))
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "none.png").exists()
+
+
+def test_names_are_no_formulas_and_sizes_may_be_equal(fake: Fake, tmp_path: Path) -> None:
+    methods = [{"method": "lora", "rank": [4, 8], "name": "costs $x_{$"}]
+    runner = runner_of(fake, tmp_path / "r.jsonl", plan_of(bases={"a $x^{$": {"base": "embedded"}}, methods=methods))
+    runner.run()
+    one, two = (cell for cell in summarise(runner) if cell.data == "one")
+    equal = replace(two, parameters=one.parameters, mean=one.mean, deviation=None)
+    assert plot_scores(tmp_path / "plot.png", [one, equal])
 
 
 def test_the_legend_of_one_panel_fits_the_picture(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,9 @@ def plot_scores(path: Path, results: Sequence[CellResult]) -> bool:
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for panel, (title, ylabel, points) in zip(axes, panels, strict=False):
         _draw(panel, points, families)
-        panel.set(title=title, xlabel="trained parameters without the head", ylabel=ylabel)
+        # Names of the plan are no formulas, whatever dollars they have.
+        panel.set_title(title, parse_math=False)
+        panel.set(xlabel="trained parameters without the head", ylabel=ylabel)
     for spare in axes[len(panels) :]:
         spare.set_axis_off()
     shown = {family for _, _, points in panels for family in points}
@@ -55,7 +57,9 @@ def plot_scores(path: Path, results: Sequence[CellResult]) -> bool:
         for i, family in enumerate(families)
         if family in shown
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(2 * columns, len(handles)), fontsize=8)
+    width = min(2 * columns, len(handles))
+    for text in figure.legend(handles=handles, loc="outside lower center", ncols=width, fontsize=8).get_texts():
+        text.set_parse_math(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     return True
@@ -105,7 +109,8 @@ def _colour(index: int) -> tuple[float, ...]:
 def _draw(axes: Axes, points: dict[str, list[Point]], families: Sequence[str]) -> None:
     axes.set_xscale("log")
     for i, family in enumerate(families):
-        sizes = sorted(points.get(family, []))
+        # Two sizes may have as many parameters, and equal scores.
+        sizes = sorted(points.get(family, []), key=lambda point: point[:2])
         if not sizes:
             continue
         if sizes[0][0] == 0:

@@ -64,7 +64,6 @@ class CompareRunner:
         # Digests of the runs that this object has made.
         self._own: set[str] = set()
         self._workers: dict[str, subprocess.Popen[str]] = {}
-        self._probes: dict[str, float] = {}
         self._specs: dict[tuple[str, str, str, int, float | None, str], RunSpec] = {}
         self._made = 0
         self._limit: int | None = None
@@ -101,12 +100,9 @@ class CompareRunner:
         """The rule that chooses the cell's rate; None where the rate is fixed, or is the method's default."""
         return self.plan.learning_rates if cell.variant.learning_rate is None else None
 
-    def _tuning_cells(self, rule: LearningRateRule, cell: Cell) -> list[Cell]:
-        return [Cell(cell.base, data, cell.variant) for data in rule.data or [cell.data]]
-
     def _tried(self, rule: LearningRateRule, cell: Cell) -> dict[float, tuple[float, float]]:
         """Return (mean score, minus mean loss) of each rate whose runs are finished."""
-        cells, tried = self._tuning_cells(rule, cell), {}
+        cells, tried = self.plan.tuning_cells(rule, cell), {}
         for rate in rule.ladder:
             records = [self._record(self._spec(each, rule.seed, rate, "rate")) for each in cells]
             done = [record for record in records if record is not None]
@@ -161,7 +157,7 @@ class CompareRunner:
         if rule is None:
             return True
         while (rate := rule.next_rate(self._tried(rule, cell))) is not None:
-            for each in self._tuning_cells(rule, cell):
+            for each in self.plan.tuning_cells(rule, cell):
                 spec = self._spec(each, rule.seed, rate, "rate")
                 if self._record(spec) is None and not self._make(spec, each):
                     return False
@@ -173,7 +169,9 @@ class CompareRunner:
             return False
         self._made += 1
         started = time.monotonic()
-        result = self._train(spec)
+        # Each is another base to compute with, under one name.
+        form = {"base": cell.base, "dtype": spec.settings.get("dtype"), "quantize": spec.settings.get("quantize")}
+        result = self._same_base(form, self._train(spec))
         score = self.plan.score_of(cell.data)
         if "error" not in result:
             name = score
@@ -190,7 +188,7 @@ class CompareRunner:
         record = {
             "run": spec.digest,
             "purpose": spec.purpose,
-            "base": cell.base,
+            **form,
             "data": cell.data,
             "method": cell.variant.label,
             "seed": spec.settings["seed"],
@@ -233,19 +231,27 @@ class CompareRunner:
             status = _end(worker)
             return {"error": f"the process {python} -m {_WORKER} ended with status {status}; see standard error"}
         result: dict[str, Any] = json.loads(line)
-        return self._same_base(spec, result)
+        return result
 
-    def _same_base(self, spec: RunSpec, result: dict[str, Any]) -> dict[str, Any]:
-        """Refuse the result of an environment that computes another base than the other runs had."""
-        probe = result.pop("base_probe", None)
-        if probe is None:
-            return result
-        first = self._probes.setdefault(spec.settings["base"], probe)
-        if abs(probe - first) > _PROBE_TOLERANCE * abs(first):
-            return {
-                "error": f"the base computes other states in this run's environment (norm {probe:.6g} instead of "
-                f"{first:.6g}); its transformers may not know the base's configuration"
-            }
+    def _same_base(self, form: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
+        """Refuse a result of another base than the finished runs had, be it of another environment or another folder.
+
+        Args:
+            form: Base, dtype and quantization, as records name them.
+            result: Of the run.
+        """
+        probe = result.get("base_probe")
+        for record in self.results.records.values():
+            first = record.get("base_probe")
+            if probe is None or first is None or any(record.get(name) != value for name, value in form.items()):
+                continue
+            if abs(probe - first) > _PROBE_TOLERANCE * abs(first):
+                return {
+                    "error": f"base {form['base']} computes other states than in earlier runs (norm {probe:.6g} "
+                    f"instead of {first:.6g}); it may be another base, which needs another name in the plan, or this "
+                    "run's transformers may not know the base's configuration"
+                }
+            break
         return result
 
     def _worker(self, python: str) -> subprocess.Popen[str]:
