@@ -22,6 +22,7 @@ from sera_serve.trainer.loss_scale import needs_loss_scale
 from sera_serve.trainer.model import AdapterModel
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tasks import TrainingTask
+from sera_serve.trainer.tasks.image_classify import DUAL_TOWER, ImageClassifyTask
 
 Baseline = Literal["peft-lora", "vera", "adalora", "dora", "bd-lora", "houlsby", "pfeiffer", "full"]
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
@@ -75,7 +76,7 @@ def install_baseline(task: TrainingTask, settings: TrainSettings, shape: Baselin
         MissingLibrary: The library is absent, or too old.
     """
     if shape.method == "full":
-        task.model = _fully_trained(task.model)
+        task.model = _fully_trained(task)
         return []
     before = set(task.model.modules())
     tuner: nn.Module | None = None
@@ -158,7 +159,7 @@ class _WithOutput(nn.Module):
 def _with_peft(task: TrainingTask, settings: TrainSettings, shape: BaselineShape) -> Any:
     peft = _library("peft", "pip install peft")
     named = SeraConfig(rank=1, split=1, lora_alpha=1.0, target_modules=settings.target_modules)  # type: ignore[arg-type]
-    targets = list(select_targets(task.base.model, named))
+    targets = [path for path in select_targets(task.base.model, named) if _is_passed(task, path)]
     config = _peft_config(peft, task, settings, shape, targets)
     try:
         return peft.get_peft_model(_WithOutput(task.model), config, adapter_name=_ADAPTER)
@@ -229,7 +230,13 @@ def _add_bottlenecks(task: TrainingTask, settings: TrainSettings, shape: Baselin
     base.train_adapter(_ADAPTER)
 
 
-def _fully_trained(model: AdapterModel) -> BaselineModel:
+def _is_passed(task: TrainingTask, name: str) -> bool:
+    """Whether a weight or a layer is in the tower that the task's inputs pass, if the base has two."""
+    return name.startswith(DUAL_TOWER) or not (isinstance(task, ImageClassifyTask) and task.base.kind == "dual")
+
+
+def _fully_trained(task: TrainingTask) -> BaselineModel:
+    model = task.model
     assert model.base_model is not None
     if needs_loss_scale(model):
         raise InvalidConfiguration(
@@ -238,8 +245,9 @@ def _fully_trained(model: AdapterModel) -> BaselineModel:
             param="dtype",
         )
     for name, parameter in model.base_model.named_parameters():
-        # The pooler of an encoder has no part in the result.
-        parameter.requires_grad_("pooler" not in name.split("."))
+        # The pooler of an encoder has no part in the result, nor the temperature of a loss that is not the trainer's.
+        idle = {"pooler", "logit_scale"}.intersection(name.split("."))
+        parameter.requires_grad_(not idle and _is_passed(task, name))
     if model.head is not None and (outputs := model.base_model.get_output_embeddings()) is not None:
         # A classifier does not use the output embedding, unless it is the input embedding too.
         outputs.requires_grad_(outputs.weight is model.base_model.get_input_embeddings().weight)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, get_args
@@ -10,6 +11,7 @@ from typing import Any, get_args
 import peft
 import pytest
 import torch
+from image_samples import captioned_images, image_folder
 from torch import nn
 from trainer_samples import ending_rule, settings_for, write_csv, write_jsonl
 
@@ -27,8 +29,10 @@ from sera_serve.trainer.baselines import (
 )
 from sera_serve.trainer.compare.one_run import train_one
 from sera_serve.trainer.loop import parameter_groups
+from sera_serve.trainer.run import TrainingRun, build_task, with_run
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tasks import TASKS, TrainingTask
+from support.vision import random_clip, random_vit
 
 HERE = tuple(name for name in BASELINES if name not in NEED_ADAPTERS)
 HIDDEN, LAYERS, ADAPTED = 32, 2, 4
@@ -119,6 +123,29 @@ def test_a_baseline_trains_every_task_on_texts(
     result = train_one({"settings": options, "baseline": {"method": method, "rank": 4}, "test_rows": None})
     assert "error" not in result, result
     assert math.isfinite(result["metrics"]["loss"])
+
+
+@pytest.mark.parametrize("method", HERE)
+@pytest.mark.parametrize(
+    ("base_of", "task"), [(random_vit, "image-classify"), (random_clip, "image-classify"), (random_clip, "retrieve")]
+)
+def test_a_baseline_trains_what_images_pass(
+    tmp_path: Path, base_of: Callable[[], FrozenBase], task: str, method: Baseline
+) -> None:
+    rows = captioned_images(tmp_path / "rows") if task == "retrieve" else image_folder(tmp_path / "rows")
+    options: dict[str, Any] = {"method": "lora", "rank": 4, "target_modules": "q_proj,v_proj", "task": task}
+    settings = TrainSettings(base="-", store=tmp_path / "store", name="a/b", train=rows, **options)
+
+    def check(run: TrainingRun) -> None:
+        built = build_task(dataclasses.replace(run, baseline=True))
+        install_baseline(built, settings, BaselineShape(method, rank=4, blocks=2))
+        model = built.model.train()
+        model(**built.collate([built.train_rows[i] for i in range(8)]))["loss"].backward()
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        # AdaLoRA's term of the loss reaches A and B of idle layers too.
+        assert trained and not [name for name, p in trained.items() if p.grad is None]
+
+    with_run(settings, check, base=base_of())
 
 
 @pytest.mark.parametrize("method", HERE)

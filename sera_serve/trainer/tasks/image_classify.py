@@ -24,7 +24,7 @@ from sera_serve.trainer.tasks.multi_label import multi_label_metrics
 from sera_serve.trainer.tasks.protocol import TaskKind, TrainingTask
 
 # Path of a dual base's image tower.
-_DUAL_TOWER = "vision_model."
+DUAL_TOWER = "vision_model."
 # Images of one evaluation batch.
 _EVAL_BATCH = 64
 
@@ -89,8 +89,8 @@ class ImageClassifyTask(TrainingTask):
     def _keep_the_tower(self) -> None:
         """Take the adapter from layers that no image passes on its way to the head: a dual base's text tower."""
         layers = attached_layers(self.base.model)
-        idle = [path for path in layers if self.base.kind == "dual" and not path.startswith(_DUAL_TOWER)]
-        if len(idle) == len(layers):
+        idle = [path for path in layers if self.base.kind == "dual" and not path.startswith(DUAL_TOWER)]
+        if idle and len(idle) == len(layers):
             raise InvalidConfiguration(
                 f"--target-modules names no layer of the image tower of base {self.base.name}, such as {idle[0]}; take "
                 "names that begin with vision_model",
