@@ -228,7 +228,17 @@ def smaller_layer(layer: SeraLinear, kept: Tensor) -> SeraLinear:
     return new
 
 
-class AllocateRanks(TrainerCallback):  # type: ignore[misc]
+class SettlesRanks(TrainerCallback):  # type: ignore[misc]
+    """A callback under which ranks fall to a budget.
+
+    Attributes:
+        settled_step: The step from which the ranks are the last ones. No earlier epoch is the best.
+    """
+
+    settled_step = 0
+
+
+class AllocateRanks(SettlesRanks):
     """Runs an allocator beside the optimiser's steps."""
 
     def __init__(self, allocator: RankAllocator, warmup: float, final: float) -> None:
@@ -236,15 +246,10 @@ class AllocateRanks(TrainerCallback):  # type: ignore[misc]
         self._warmup, self._final = warmup, final
         self._schedule: BudgetSchedule | None = None
 
-    @property
-    def settled_step(self) -> int:
-        """The step from which the ranks are the last ones."""
-        assert self._schedule is not None
-        return self._schedule.settled_step
-
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Make the schedule: the number of steps is known now."""
         self._schedule = self.allocator.schedule(state.max_steps, self._warmup, self._final)
+        self.settled_step = self._schedule.settled_step
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take in the gradients and choose within the budget, while the choice is open. Mask the rest."""

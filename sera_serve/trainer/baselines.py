@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import SeraConfig
 from sera_serve.layers.targets import select_targets
+from sera_serve.trainer.allocation import SettlesRanks
 from sera_serve.trainer.loss_scale import needs_loss_scale
 from sera_serve.trainer.model import AdapterModel
 from sera_serve.trainer.settings import TrainSettings
@@ -79,7 +80,7 @@ def install_baseline(task: TrainingTask, settings: TrainSettings, shape: Baselin
         task.model = _fully_trained(task)
         return []
     before = set(task.model.modules())
-    tuner: nn.Module | None = None
+    tuner: Any = None
     if shape.method in NEED_ADAPTERS:
         _add_bottlenecks(task, settings, shape)
     else:
@@ -88,7 +89,11 @@ def install_baseline(task: TrainingTask, settings: TrainSettings, shape: Baselin
     # Libraries give their dropout different names.
     added = [module for module in task.model.modules() if isinstance(module, nn.Dropout) and module not in before]
     task.model = BaselineModel(task.model, tuner, added)
-    return [_AllocatesRanks(tuner)] if shape.method == "adalora" else []
+    if shape.method != "adalora":
+        return []
+    config = tuner.peft_config[_ADAPTER]
+    # PEFT counts steps from 0, and the loop from 1. A short run ends before it.
+    return [_AllocatesRanks(tuner, min(config.total_step, config.total_step - config.tfinal + 1))]
 
 
 class BaselineModel(AdapterModel):
@@ -206,11 +211,12 @@ def _peft_config(
     return peft.LoraConfig(**common, r=shape.rank, use_dora=shape.method == "dora", **options)
 
 
-class _AllocatesRanks(TrainerCallback):  # type: ignore[misc]
+class _AllocatesRanks(SettlesRanks):
     """Lets AdaLoRA move its budget: after the optimiser's step, while the gradients are there."""
 
-    def __init__(self, tuner: Any) -> None:
+    def __init__(self, tuner: Any, settled_step: int) -> None:
         self._tuner = tuner
+        self.settled_step = settled_step
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._tuner.update_and_allocate(state.global_step)

@@ -17,7 +17,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import attached_layers
-from sera_serve.trainer.allocation import AllocateRanks, RankAllocator
+from sera_serve.trainer.allocation import AllocateRanks, RankAllocator, SettlesRanks
 from sera_serve.trainer.checkpoint import (
     delete_others,
     load_generators,
@@ -148,6 +148,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             batch = counted_batch(task.collate, settings.task, [(task.train_rows[0], True)])
             del batch["loss_items"]
             leaves_out = may_leave_out(task.model, batch)
+        self._settling = [callback for callback in (*own, *callbacks) if isinstance(callback, SettlesRanks)]
         evaluates = bool(task.eval_rows)
         super().__init__(
             model=task.model,
@@ -245,7 +246,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
 
         An epoch whose ranks are above the budget is not the best.
         """
-        if self.allocation is not None and self.state.global_step < self.allocation.settled_step:
+        if any(self.state.global_step < callback.settled_step for callback in self._settling):
             return False
         if super()._determine_best_metric(metrics, trial):
             return True

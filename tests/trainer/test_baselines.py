@@ -14,6 +14,7 @@ import torch
 from image_samples import captioned_images, image_folder
 from torch import nn
 from trainer_samples import ending_rule, settings_for, write_csv, write_jsonl
+from transformers import TrainerCallback
 
 from sera_serve.base import FrozenBase, load_base
 from sera_serve.errors import InvalidConfiguration
@@ -29,9 +30,10 @@ from sera_serve.trainer.baselines import (
 )
 from sera_serve.trainer.compare.one_run import train_one
 from sera_serve.trainer.loop import parameter_groups
-from sera_serve.trainer.run import TrainingRun, build_task, with_run
+from sera_serve.trainer.run import TrainingRun, build_task, train_adapter, with_run
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tasks import TASKS, TrainingTask
+from sera_serve.trainer.tasks.classify import ClassifyTask
 from support.vision import random_clip, random_vit
 
 HERE = tuple(name for name in BASELINES if name not in NEED_ADAPTERS)
@@ -234,6 +236,25 @@ def test_adalora_adds_its_term_and_moves_its_budget(settings: TrainSettings) -> 
     values = [p for name, p in model.named_parameters() if "lora_E" in name]
     # Four layers began with six singular values each; the target is four a layer.
     assert sum(int((p != 0).sum()) for p in values) == 4 * ADAPTED
+
+
+def test_an_epoch_above_the_budget_of_adalora_is_not_the_best(
+    settings: TrainSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.9, 0.8, 0.7, 0.6, 0.7])
+    monkeypatch.setattr(ClassifyTask, "evaluate", lambda task, rows: {"loss": 1.0, "accuracy": next(scores)})
+    best: list[int] = []
+
+    class Seen(TrainerCallback):  # type: ignore[misc]
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            best.append(state.best_global_step)
+
+    def prepare(task: TrainingTask, settings: TrainSettings) -> list[TrainerCallback]:
+        return install_baseline(task, settings, BaselineShape("adalora", rank=4))
+
+    train_adapter(settings.model_copy(update={"epochs": 4}), callbacks=[Seen()], prepare=prepare, baseline=True)
+    # Of 24 steps the last 7 have the last ranks.
+    assert best == [18]
 
 
 @pytest.mark.parametrize("method", ["sera", "lora", *HERE])

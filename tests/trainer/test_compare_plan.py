@@ -213,6 +213,10 @@ def test_a_loss_is_better_when_it_is_lower() -> None:
         ({"settings": {"rank_pattern": "q_proj=2"}}, "vera r=64: rank_pattern has no meaning for method vera; give it"),
         ({"settings": {"budget": 4}}, "vera r=64: budget has no meaning for method vera; give it in the methods"),
         (
+            {"methods": [{"method": "sera"}, {"method": "adalora"}], "settings": {"patience": 2}},
+            "adalora r=8: patience could end a run before its ranks have fallen",
+        ),
+        (
             {"methods": [{"method": "sera"}, {"method": "full"}], "settings": {"quantize": "int8"}},
             "full: quantize is int8, and full fine-tuning trains every weight",
         ),

@@ -101,8 +101,8 @@ def shape_of(variant: Variant, baseline: BaselineShape, settings: Mapping[str, A
     """The shape of a baseline in one run, of which `settings` are the options.
 
     Raises:
-        InvalidConfiguration: An option would make another adapter of our methods alone, or the baseline has no factor
-            for LoRA+, or would train weights that are quantized.
+        InvalidConfiguration: An option would make another adapter of our methods alone; or the baseline has no factor
+            for LoRA+, would train weights that are quantized, or would stop before its ranks have fallen.
     """
     for name, value in settings.items():
         if value is not None and shapes_adapter(name) and name not in _SHAPES_BASELINES:
@@ -111,6 +111,12 @@ def shape_of(variant: Variant, baseline: BaselineShape, settings: Mapping[str, A
                 "have it",
                 param=name,
             )
+    if baseline.method == "adalora" and settings.get("patience") is not None:
+        raise InvalidConfiguration(
+            f"{variant.label}: patience could end a run before its ranks have fallen; give patience in the other "
+            "methods",
+            param="patience",
+        )
     if baseline.method == "full" and settings.get("quantize", "none") != "none":
         raise InvalidConfiguration(
             f"{variant.label}: quantize is {settings['quantize']}, and full fine-tuning trains every weight, which a "
