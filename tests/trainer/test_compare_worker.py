@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
 from trainer_samples import ending_rule, write_csv
 
@@ -72,6 +73,23 @@ def test_the_worker_does_not_hear_an_interrupt_and_ends_with_its_input(tiny_enco
     worker.stderr.close()
     assert "Traceback" not in words
     assert not list(tmp_path.glob("compare-*"))
+
+
+def test_a_run_on_a_gpu_imports_its_libraries_anew(tiny_encoder: Path, tmp_path: Path) -> None:
+    """In a fork it would find the GPU of its parent, with which CUDA does not work."""
+    rows = write_csv(tmp_path / "train.csv", ending_rule(48))
+    settings = LONG | {"base": str(tiny_encoder), "train": str(rows), "device": "cuda", "epochs": 1}
+    command = [sys.executable, "-m", "sera_serve.trainer.compare.worker"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT) as worker:
+        assert worker.stdin is not None and worker.stdout is not None
+        assert worker.stdout.readline() == "ready\n"
+        worker.stdin.write(json.dumps({"settings": settings, "baseline": None, "test_rows": 0}) + "\n")
+        worker.stdin.flush()
+        own = psutil.Process(worker.pid)
+        wait_for(lambda: any(len(child.cmdline()) > len(command) for child in own.children()))
+        result = json.loads(worker.stdout.readline())
+        worker.stdin.close()
+    assert "metrics" in result if torch.cuda.is_available() else "sees no GPU" in result["error"], result
 
 
 @pytest.mark.parametrize("moment", ["importing", "training", "killed"])

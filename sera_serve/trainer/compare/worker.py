@@ -3,7 +3,9 @@
 Its first line of standard output says that it is ready. From then on, each line of standard input is a run as JSON:
 `settings`, `baseline`, `test_rows` of a `RunSpec`; and each line of standard output is a result as JSON, in the same
 order. The process forks for each run, so that a run has its own memory and may fail or be killed alone, and the
-libraries are imported once. The process and its run end when standard input closes.
+libraries are imported once. A run on a GPU imports them anew: CUDA does not work in the fork of a process that has
+asked for GPUs, as bitsandbytes and torchao do when they are imported. The process and its run end when standard input
+closes.
 """
 
 from __future__ import annotations
@@ -12,13 +14,16 @@ import json
 import os
 import select
 import signal
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 # The libraries of a run are imported in `main`: what comes before must be done before they are.
 
+_MODULE, _RUN = "sera_serve.trainer.compare.worker", "run.json"
 TrainOne = Callable[[dict[str, Any]], dict[str, Any]]
 """Trains one run; see `one_run.train_one`."""
 
@@ -50,9 +55,11 @@ def _in_child(train_one: TrainOne, run: dict[str, Any], folder: str) -> dict[str
         status = 1
         try:
             os.close(reading)
-            tempfile.tempdir = folder
-            with os.fdopen(writing, "w") as pipe:
-                json.dump(train_one(run), pipe)
+            if run["settings"].get("device") == "cuda":
+                Path(folder, _RUN).write_text(json.dumps(run))
+                os.set_inheritable(writing, True)
+                os.execv(sys.executable, [sys.executable, "-m", _MODULE, folder, str(writing)])
+            _write_result(train_one, run, folder, writing)
             status = 0
         finally:
             if status:
@@ -82,5 +89,21 @@ def _in_child(train_one: TrainOne, run: dict[str, Any], folder: str) -> dict[str
     return result
 
 
+def _write_result(train_one: TrainOne, run: dict[str, Any], folder: str, writing: int) -> None:
+    tempfile.tempdir = folder
+    with os.fdopen(writing, "w") as pipe:
+        json.dump(train_one(run), pipe)
+
+
+def _alone(folder: str, writing: str) -> None:
+    """Train the run of a folder, and write its result to a pipe."""
+    from sera_serve.trainer.compare.one_run import train_one
+
+    _write_result(train_one, json.loads(Path(folder, _RUN).read_text()), folder, int(writing))
+
+
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) > 1:
+        _alone(*sys.argv[1:])
+    else:
+        main()
