@@ -261,7 +261,34 @@ def test_names_are_no_formulas_and_sizes_may_be_equal(fake: Fake, tmp_path: Path
     assert plot_scores(tmp_path / "plot.png", [one, equal])
 
 
-def test_the_legend_of_one_panel_fits_the_picture(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are saved."""
+    figures: list[Figure] = []
+    save = Figure.savefig
+
+    def saved(figure: Figure, *args: Any, **options: Any) -> None:
+        figures.append(figure)
+        save(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", saved)
+    return figures
+
+
+def test_a_point_without_all_its_seeds_is_hollow(fake: Fake, tmp_path: Path, shown: list[Figure]) -> None:
+    runner = runner_of(fake, tmp_path / "r.jsonl", plan_of(methods=[{"method": "lora", "rank": [4, 8]}]))
+    runner.run()
+    whole, few = (cell for cell in summarise(runner) if cell.data == "one")
+    few = replace(few, runs=1, failed=1)
+    for cells in ([whole, few], [whole]):
+        plot_scores(tmp_path / "plot.png", cells)
+    drawn = [[line for line in figure.axes[0].lines if line.get_markerfacecolor() == "white"] for figure in shown]
+    assert [[line.get_markevery() for line in lines] for lines in drawn] == [[[1]], [[]]]
+    words = [[text.get_text() for text in figure.legends[0].get_texts()] for figure in shown]
+    assert words == [["lora", "hollow: some seeds failed or are left"], ["lora"]]
+
+
+def test_the_legend_of_one_panel_fits_the_picture(fake: Fake, tmp_path: Path, shown: list[Figure]) -> None:
     methods: list[dict[str, Any]] = [
         *({"method": "lora", "rank": 4, "name": f"a method {number}"} for number in range(5)),
         {"method": "head-only"},
@@ -270,14 +297,6 @@ def test_the_legend_of_one_panel_fits_the_picture(fake: Fake, tmp_path: Path, mo
     runner = runner_of(fake, tmp_path / "r.jsonl", plan)
     runner.run()
     cells = summarise(runner)
-    shown: list[Figure] = []
-    save = Figure.savefig
-
-    def saved(figure: Figure, *args: Any, **options: Any) -> None:
-        shown.append(figure)
-        save(figure, *args, **options)
-
-    monkeypatch.setattr(Figure, "savefig", saved)
     assert plot_scores(tmp_path / "plot.png", [cell for cell in cells if cell.data == cells[0].data])
     (legend,) = shown[0].legends
     extent = legend.get_window_extent()

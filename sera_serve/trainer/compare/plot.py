@@ -20,15 +20,16 @@ _COLUMNS = 3
 _COLOURS = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
 _MARKERS = "osD^vP*X<>"
 
-Point = tuple[int, float, float | None]
-"""(parameters, mean score in hundredths, deviation in hundredths or None)"""
+Point = tuple[int, float, float | None, bool]
+"""(parameters, mean score in hundredths, deviation in hundredths or None, whether all seeds are behind it)"""
 
 
 def plot_scores(path: Path, results: Sequence[CellResult]) -> bool:
     """Write a PNG with a panel for each base and data set, and one for the mean over a base's data sets.
 
     A method without parameters of its own, such as head-only, is a horizontal line. The bars are one deviation over
-    the seeds. The panel of the means has the methods that have a score on every data set.
+    the seeds. A marker is hollow where some of the seeds failed or are left. The panel of the means has the methods
+    that have a score on every data set.
 
     Returns:
         False if there is no score yet; then no file is written.
@@ -57,6 +58,9 @@ def plot_scores(path: Path, results: Sequence[CellResult]) -> bool:
         for i, family in enumerate(families)
         if family in shown
     ]
+    if not all(whole for _, _, points in panels for sizes in points.values() for *_, whole in sizes):
+        few = "hollow: some seeds failed or are left"
+        handles.append(Line2D([], [], color="black", marker="o", markerfacecolor="white", linestyle="", label=few))
     width = min(2 * columns, len(handles))
     for text in figure.legend(handles=handles, loc="outside lower center", ncols=width, fontsize=8).get_texts():
         text.set_parse_math(False)
@@ -79,7 +83,9 @@ def _panels(results: Sequence[CellResult]) -> list[tuple[str, str, dict[str, lis
                 for cell in cells:
                     assert cell.mean is not None and cell.parameters is not None
                     deviation = None if cell.deviation is None else scale * cell.deviation
-                    points.setdefault(cell.family, []).append((cell.parameters, scale * cell.mean, deviation))
+                    points.setdefault(cell.family, []).append(
+                        (cell.parameters, scale * cell.mean, deviation, cell.runs == cell.planned)
+                    )
                 panels.append((f"{name} on {base}", unit, points))
         if means := _means(of_base, data):
             panels.append((f"mean over {len(data)} data sets, {base}", "score x 100", means))
@@ -96,7 +102,9 @@ def _means(results: Sequence[CellResult], data: Sequence[str]) -> dict[str, list
         if len(cells) == len(data):
             mean = statistics.fmean(cell.mean for cell in cells if cell.mean is not None)
             parameters = max(cell.parameters or 0 for cell in cells)
-            points.setdefault(cells[0].family, []).append((parameters, 100 * mean, None))
+            points.setdefault(cells[0].family, []).append(
+                (parameters, 100 * mean, None, all(cell.runs == cell.planned for cell in cells))
+            )
     return points
 
 
@@ -116,7 +124,7 @@ def _draw(axes: Axes, points: dict[str, list[Point]], families: Sequence[str]) -
         if sizes[0][0] == 0:
             axes.axhline(sizes[0][1], color=_colour(i), linestyle="--", linewidth=1)
             continue
-        parameters, means, deviations = zip(*sizes, strict=True)
+        parameters, means, deviations, whole = zip(*sizes, strict=True)
         axes.errorbar(
             parameters,
             means,
@@ -127,6 +135,17 @@ def _draw(axes: Axes, points: dict[str, list[Point]], families: Sequence[str]) -
             linewidth=1,
             elinewidth=0.7,
             capsize=2,
+            markevery=[place for place, is_whole in enumerate(whole) if is_whole],
+        )
+        axes.plot(
+            parameters,
+            means,
+            color=_colour(i),
+            marker=_MARKERS[i % len(_MARKERS)],
+            markersize=5,
+            markerfacecolor="white",
+            linestyle="",
+            markevery=[place for place, is_whole in enumerate(whole) if not is_whole],
         )
     counts = [size[0] for sizes in points.values() for size in sizes if size[0]]
     if counts and max(counts) < 10 * min(counts):
