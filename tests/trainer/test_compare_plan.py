@@ -286,7 +286,7 @@ def test_no_table_is_written_over_the_rows_of_the_plan(tmp_path: Path, monkeypat
     assert done.exit_code == 0 and Path("tables/words.csv").is_file()
     # In a folder of rows, it would change the names of all runs.
     folder = plan_of(data={"one": {"train": ".", "task": "image-classify"}})
-    with pytest.raises(InvalidConfiguration, match=r"tables/x.md would be written over data.one.train"):
+    with pytest.raises(InvalidConfiguration, match=r"tables/x.md would be written into data.one.train"):
         ComparePlan.model_validate(folder).check_outputs(Path("words.yaml"), [Path("tables/x.md")])
 
 

@@ -236,8 +236,9 @@ class ComparePlan(BaseModel):
         for output in outputs:
             for where, used in inputs.items():
                 if output.resolve().is_relative_to(used.resolve()):
+                    way = "into" if used.is_dir() else "over"
                     raise InvalidConfiguration(
-                        f"{output} would be written over {where} ({used}); give another --output or --results",
+                        f"{output} would be written {way} {where} ({used}); give another --output or --results",
                         param="output",
                     )
 
