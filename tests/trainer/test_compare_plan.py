@@ -284,6 +284,10 @@ def test_no_table_is_written_over_the_rows_of_the_plan(tmp_path: Path, monkeypat
     assert Path("words.csv").read_bytes() == rows
     done = CliRunner().invoke(_app(), ["compare", "words.yaml", "--limit", "0", "--output", "tables"])
     assert done.exit_code == 0 and Path("tables/words.csv").is_file()
+    # It is refused before the first run.
+    Path("taken").touch()
+    done = CliRunner().invoke(_app(), ["compare", "words.yaml", "--limit", "0", "--output", "taken"])
+    assert done.exit_code == 2 and "taken" in done.stderr
     # In a folder of rows, it would change the names of all runs.
     folder = plan_of(data={"one": {"train": ".", "task": "image-classify"}})
     with pytest.raises(InvalidConfiguration, match=r"tables/x.md would be written into data.one.train"):

@@ -64,6 +64,8 @@ def compare_command(
         name = path.name.removesuffix(".jsonl").removesuffix(".results")
         tables = [(output or path.parent) / f"{name}{suffix}" for suffix in (".csv", ".md", ".png")]
         compared.check_outputs(plan, [path, *tables])
+        # Now, and not after the last run.
+        tables[0].parent.mkdir(parents=True, exist_ok=True)
         runner = CompareRunner(
             compared,
             ResultsFile(path),
@@ -109,7 +111,6 @@ def _show(runner: Any, path: Path, tables: list[Path], as_json: bool) -> None:
     left = len(runner.pending())
     csv, markdown, picture = tables
     with _told(1):
-        csv.parent.mkdir(parents=True, exist_ok=True)
         csv.write_text(as_csv(cells), encoding="utf-8")
         markdown.write_text(as_markdown(cells), encoding="utf-8")
         plotted = plot_scores(picture, cells)
