@@ -127,7 +127,7 @@ def test_a_baseline_trains_every_task_on_texts(
     assert math.isfinite(result["metrics"]["loss"])
 
 
-@pytest.mark.parametrize("method", HERE)
+@pytest.mark.parametrize("method", ["full", "peft-lora"])
 @pytest.mark.parametrize(
     ("base_of", "task"), [(random_vit, "image-classify"), (random_clip, "image-classify"), (random_clip, "retrieve")]
 )
@@ -144,7 +144,6 @@ def test_a_baseline_trains_what_images_pass(
         model = built.model.train()
         model(**built.collate([built.train_rows[i] for i in range(8)]))["loss"].backward()
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        # AdaLoRA's term of the loss reaches A and B of idle layers too.
         assert trained and not [name for name, p in trained.items() if p.grad is None]
 
     with_run(settings, check, base=base_of())
