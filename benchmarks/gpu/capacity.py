@@ -1,4 +1,4 @@
-"""Adapters per GiB by the device pool's own accounting, and how long one takes from host to device."""
+"""Adapters in a GiB, how long one takes from host to device, and launches with thousands of adapters in the pool."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from pathlib import Path
 import torch
 
 from adapters_store import AdapterBundle, AdapterConfig, AdapterStore, BaseInfo, ModuleSpec
+from benchmarks.gpu.kernel_check import compared
 from benchmarks.gpu.operands import Member
 from benchmarks.gpu.setting import Row, Setting
+from benchmarks.gpu.timing import Timed, interleaved
+from sera_kernels import AdapterBatch
 from sera_serve.residency import DevicePool, PackedAdapter, pack
 
 LOADS, READS = 15, 3
+RESIDENT, TOKENS = 10_000, 64
 # (d_in, d_out) by name in one layer of Llama-3-8B.
 LINEARS = {
     "self_attn.q_proj": (4096, 4096),
@@ -38,6 +42,56 @@ def measure_capacity(setting: Setting) -> list[Row]:
         rows.append(row | _measure(setting, adapter) | times)
         setting.say(f"capacity: {member.name}")
     return rows
+
+
+def measure_residents(setting: Setting) -> list[Row]:
+    """Fill a pool with 10,000 adapters, or as many as fit, and time launches for 64 of them.
+
+    Raises:
+        RuntimeError: A launch gave a wrong result, so no figure means anything.
+    """
+    bundle = large_bundle(Member(64, 64), small=setting.small)
+    index = {path: row for row, path in enumerate(bundle.config.modules)}
+    adapter = pack(bundle, index, torch.bfloat16)
+    free = torch.cuda.mem_get_info()[0] if setting.on_gpu else 1 << 23
+    # The rest is for what launches need.
+    count = min(RESIDENT, int(0.95 * free) // adapter.data.nbytes)
+    pool = DevicePool(count * adapter.data.nbytes, len(index), count, torch.bfloat16, setting.device)
+    # An adapter begins 8 elements after the one before, so each has other factors.
+    values = (torch.randn(len(adapter.data) + 8 * count) / 8).to(torch.bfloat16)
+    start = time.perf_counter()
+    for i in range(count):
+        placement = pool.reserve(adapter.layout)
+        assert placement is not None
+        pool.fill(placement, values[8 * i : 8 * i + len(adapter.data)])
+    fill_s = time.perf_counter() - start
+    setting.say(f"capacity: {count} adapters are resident")
+    widths = [bundle.config.modules[path] for path in index]
+    layers = len(index) // len(LINEARS)
+    x = torch.randn(TOKENS, widths[0].d_in, device=setting.device).to(torch.bfloat16)
+    # The outputs are updates alone, beside which no error is small.
+    ys = [x.new_zeros(TOKENS, width.d_out) for width in widths[:3]]
+    cases = {}
+    for name, last in (("neighbours", min(TOKENS, count) - 1), ("spread", count - 1)):
+        slots = torch.linspace(0, last, TOKENS).round().to(setting.device, torch.int32)
+        batch = AdapterBatch(slots)
+
+        def launch(i: int, batch: AdapterBatch = batch) -> None:
+            # Queries, keys and values of one layer after the other, so that factors come from memory.
+            first = i % layers * len(LINEARS)
+            setting.operation[1](x, ys, range(first, first + 3), batch, pool.data, pool.tables)
+
+        launch(0)
+        zeros = [torch.zeros_like(y) for y in ys]
+        row = compared(x, ys, zeros, slots, pool.data, pool.tables)
+        if not row["correct"]:
+            raise RuntimeError(f"wrong result with {count} adapters in the pool, {name}: {row}")
+        for y in ys:
+            y.zero_()
+        cases[name] = Timed(launch, layers)
+    times = interleaved(setting, cases)
+    gib = count * adapter.data.nbytes / (1 << 30)
+    return [{"adapters": count, "gib": gib, "fill_s": fill_s} | {f"{name}_us": us for name, us in times.items()}]
 
 
 def large_bundle(member: Member, *, small: bool = False) -> AdapterBundle:

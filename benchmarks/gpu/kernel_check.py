@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.operands import Member, mixed_pool
+from benchmarks.gpu.operands import Member, behind, mixed_pool
 from benchmarks.gpu.setting import Grouped, Row, Setting, find_operation
 from benchmarks.gpu.timing import capture
 from sera_kernels import ABSENT, MOST_RANK, NO_ADAPTER, AdapterBatch, AdapterTables, grouped_sera_reference
@@ -51,6 +51,8 @@ class Widths:
         return found
 
 
+# Elements of 1,200 adapters of r = split = 64 on Llama-3-8B: behind them, 32 bits do not count any more.
+FAR = 1 << 32
 LARGE_MEMBERS = [Member(64, 64), Member(16, 16), Member(16, 1, False), Member(64, 16), Member(64, 1, False)]
 
 
@@ -91,6 +93,11 @@ def _llama_cases(setting: Setting) -> Iterator[Row]:
         for tokens in (8,) if setting.small else (64, 320, 2048):
             slots = POPULARITY["with base_only"](tokens, len(LARGE_MEMBERS)).sort().values
             yield _case(setting.operation[1], "llama", widths, slots.to(setting.device, torch.int32), *operands)
+    far = 8 if setting.small else FAR
+    operands = behind(far, *operands)
+    for tokens in (8,) if setting.small else (64, 320, 2048):
+        slots = POPULARITY["with base_only"](tokens, len(LARGE_MEMBERS)).sort().values
+        yield _case(setting.operation[1], "large pool", widths, slots.to(setting.device, torch.int32), *operands)
     # The highest rank that is served, where it is the width: a segment has one input.
     rank = 64 if setting.small else MOST_RANK
     widths = Widths(rank, (rank,))
@@ -104,6 +111,7 @@ def _llama_cases(setting: Setting) -> Iterator[Row]:
     # The third one has a gain and an offset, and segments of another rank: the activation has a launch of its own.
     for count in (2, 3):
         operands = mixed_pool(widths.d_in, widths.d_outs, LARGE_MEMBERS[:count], dtype, setting.device, 8)
+        operands = behind(far, *operands)
         for tokens in (8,) if setting.small else (320, 2048):
             slots = POPULARITY["with base_only"](tokens, count).sort().values
             yield _activation_case(widths, slots.to(setting.device, torch.int32), *operands)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from benchmarks.gpu.setting import Grouped
-from sera_kernels import AdapterBatch, AdapterTables
+from sera_kernels import ABSENT, AdapterBatch, AdapterTables
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,14 @@ def mixed_pool(
                 chunks += [1 + torch.randn(d_out) / 4, torch.randn(d_out) / 2, torch.full((gap,), torch.nan)]
                 tables.vectors[module, slot], end = end, end + 2 * d_out + gap
     return torch.cat(chunks).to(device, dtype), moved(tables, device)
+
+
+def behind(elements: int, pool: Tensor, tables: AdapterTables) -> tuple[Tensor, AdapterTables]:
+    """The same adapters behind so many elements of NaN, as they are in a pool of thousands."""
+    large = pool.new_full((elements + len(pool),), torch.nan)
+    large[elements:] = pool
+    offset, vectors = (torch.where(at == ABSENT, at, at + elements) for at in (tables.offset, tables.vectors))
+    return large, replace(tables, offset=offset, vectors=vectors)
 
 
 def moved(tables: AdapterTables, device: torch.device) -> AdapterTables:

@@ -83,6 +83,7 @@ SECOND = (
     Section("server", "http_time", "time_server", 140, needs=(_EVICTION, _LLAMA)),
     Section("peers", "kernel_time", "time_peers", 60, needs=(_LLAMA,)),
     Section("capacity", "capacity", "measure_capacity", 30),
+    Section("residents", "capacity", "measure_residents", 60, needs=(_LLAMA,)),
 )
 
 COMMANDS = {"first": (FIRST, 360.0), "second": (SECOND, 300.0)}

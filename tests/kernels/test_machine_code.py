@@ -36,6 +36,10 @@ REGISTERS = {
     "_silu_mul_kernel": 64,
     "_rotate_kernel": 64,
 }
+READ_POOL = {
+    *("reduce_mix", "reduce_parts", "mix_parts", "expand", "reduce_runs", "expand_runs", "expand_silu_mul_runs"),
+    *("reduce_tiles", "expand_tiles", "scale_and_shift"),
+}
 # Triton 3.6 to 3.8 need more registers for two kernels, and keep up to eight values in local memory.
 IS_OLD = tuple(map(int, version("triton").split(".")[:2])) < (3, 9)
 OLD_REGISTERS = {"expand_runs": 168, "expand_silu_mul_runs": 128}
@@ -75,6 +79,9 @@ def test_no_launch_spills_and_loads_are_wide(capability: int, scenarios: int) ->
         assert figure["wide_loads"] > 0 or narrow, figure
         # The first row of B and eight further rows.
         assert figure["wide_loads"] >= 9 or name != "expand, any rank" or constants["VEC"] == 1, figure
+        # A pool of thousands of adapters has more elements than 32 bits count.
+        reads_pool = kernel in READ_POOL
+        assert figure["narrow_offsets"] == 0 and (figure["wide_offsets"] > 0) == reads_pool, figure
         multiplies = kernel.endswith("tiles") or kernel == "reduce_runs"
         assert (figure["products"] > 0) == (multiplies and constants["PRECISION"] != "ieee"), figure
         assert (figure["waits"] > 0) == constants.get("OVERLAP", False), figure

@@ -173,6 +173,9 @@ def inspect(made: Any) -> dict[str, int]:
         "spills": count("LDL|STL"),
         "products": count(r"HMMA|HGMMA|UTCHMMA|UTCQMMA"),
         "waits": count("ACQBULK"),
+        # What is counted in 32 bits reaches 4 GiB of the pool, 600 adapters.
+        "narrow_offsets": len(re.findall(r"tt\.addptr %pool, .*, i32\b", made.asm["ttir"])),
+        "wide_offsets": len(re.findall(r"tt\.addptr %pool, .*, i64\b", made.asm["ttir"])),
     }
 
 
