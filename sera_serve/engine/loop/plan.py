@@ -147,7 +147,7 @@ class StepPlanner:
                 # Its keys were computed with the other frequencies.
                 self._preempt(request)
         promised = None if self._rows else self._free_row()
-        short_of_pages = self._plan_decodes(plan)
+        self._plan_decodes(plan)
         budget = self._budget - len(plan.decodes)
         for request in self.running:
             if budget and not request.is_decoding:
@@ -158,7 +158,7 @@ class StepPlanner:
             if newcomer is None or (newcomer is not promised and self._waits_for_static(plan, newcomer, runs_static)):
                 break
             promised = None
-            if not self._admit(plan, newcomer, short_of_pages):
+            if not self._admit(plan, newcomer):
                 self._short = _ShortOfPages(newcomer, self.pages.available())
                 break
             if newcomer.row >= 0:
@@ -204,7 +204,7 @@ class StepPlanner:
             and (newcomer := self._candidates.first()) is not None
             and self._enters_ahead(ahead, newcomer, 0, runs_on_device)
         ):
-            if not self._admit(ahead, newcomer, short_of_pages=False):
+            if not self._admit(ahead, newcomer):
                 break
             if newcomer.row >= 0:
                 self._plan_chunk(ahead, newcomer, self._budget)
@@ -341,14 +341,14 @@ class StepPlanner:
         unit = total / sum(weights.values())
         return {tenant: unit * weight for tenant, weight in weights.items()}
 
-    def _plan_decodes(self, plan: StepPlan) -> bool:
-        """Plan every decode; whether a request had to be preempted for it."""
+    def _plan_decodes(self, plan: StepPlan) -> None:
+        """Plan every decode; where pages are short, requests are preempted for it."""
         decodes = [request for request in self.running if request.is_decoding]
         growing = sum(self._needs_page(request) for request in decodes)
         if growing <= self.pages.available():
             for request in decodes:
                 self._plan_decode(plan, request)
-            return False
+            return
         # In the fair order: a preempted request comes after all requests that are planned.
         order = sorted(self.running, key=self._candidates.priority_key)
         at = 0
@@ -359,11 +359,10 @@ class StepPlanner:
                 order.remove(victim)
                 self._preempt(victim)
                 if len(order) == at:
-                    return True
+                    return
             if request.is_decoding:
                 self._plan_decode(plan, request)
             at += 1
-        return True
 
     def _plan_decode(self, plan: StepPlan, request: GenerationRequest) -> None:
         if self._needs_page(request):
@@ -384,7 +383,7 @@ class StepPlanner:
         plan.chunks.append((request, tokens))
         return tokens
 
-    def _admit(self, plan: StepPlan, request: GenerationRequest, short_of_pages: bool) -> bool:
+    def _admit(self, plan: StepPlan, request: GenerationRequest) -> bool:
         """Start the first waiting request if there are pages for it; False if the batch has to wait for pages."""
         if self._rotary_side is not None and (side := self._rotary_side(len(request.tokens))) != request.rotary_side:
             request.rotary_side, request.page_keys = side, []
@@ -392,7 +391,7 @@ class StepPlanner:
         needed = -(-len(request.tokens) // PAGE_SIZE) - len(found)
         is_new = request.started_at is None
         yielding: list[GenerationRequest] | None = []
-        if short_of_pages or self.pages.available() < needed + self._spare(request):
+        if self.pages.available() < needed + self._spare(request):
             yielding = self._yield_pages(plan, request, needed) if is_new else None
         if yielding is None:
             self.pages.release(found)
