@@ -93,6 +93,11 @@ def test_random_operations_do_what_a_plain_model_does(seed: int) -> None:
             plain.release(pages)
         pool.check_invariants(holders)
         assert pool.available() == len(plain.free()) + len(plain.idle)
+        halves: tuple[list[list[int]], list[list[int]]] = ([], [])
+        for pages in holders:
+            halves[dice.random() < 0.5].append(pages)
+        kept, leaving = ({page for pages in half for page in pages} for half in halves)
+        assert pool.freed(halves[1]) == len(leaving - kept)
         for page in range(1, pool.count + 1):
             assert is_writable(pool, page) == (plain.users.get(page) == 1 and page not in plain.key_of)
     assert pool.count < 4 or (found and reused), "the operations were too tame"

@@ -216,6 +216,16 @@ def test_a_tenant_below_its_share_gets_pages_that_others_would_grow_into() -> No
     assert max(waits) <= 2 and len(waits) == 40
 
 
+def test_as_few_requests_yield_pages_to_a_tenant_below_its_share_as_are_enough() -> None:
+    bench = world(6, budget=128)
+    many = [bench.add(ask(f"many{number}", [number] * 40, 30)) for number in range(3)]
+    bench.step()
+    other = bench.add(ask("other", [50] * 60, 3, tenant="b"))
+    while other not in bench.planner.running:
+        bench.step()
+    assert bench.waiting.preempted == many[2:]
+
+
 def test_the_first_in_the_order_keeps_its_pages_from_a_tenant_below_its_share() -> None:
     bench = world(32, rows=8, budget=64)
     long = bench.add(ask("long", [1] * 900, 100))
@@ -361,6 +371,16 @@ def test_pages_are_taken_from_the_request_with_the_lowest_claim_and_its_stream_g
     assert bench.waiting.queue.counter("b") == 500 * OUTPUT_WEIGHT + 20 * PROMPT_WEIGHT + 100 * OUTPUT_WEIGHT
 
 
+def test_pages_are_taken_from_a_tenant_with_more_than_its_share_before_the_last_in_the_order() -> None:
+    bench = world(6, budget=160)
+    for tenant, tokens, served in (("a", 60, 0), ("b", 70, 1000), ("c", 5, 5000)):
+        bench.add(ask(tenant, [1] * tokens, 30, tenant))
+        bench.waiting.queue.charge_output(tenant, served)
+    while not bench.waiting.preempted:
+        bench.step()
+    assert [request.tenant for request in bench.waiting.preempted] == ["b"], "it has three pages of six"
+
+
 def test_a_request_without_room_to_grow_gives_its_own_pages_up_if_its_claim_is_the_lowest() -> None:
     bench = world(3)
     old = bench.add(ask("old", [1] * 40, 20))
@@ -412,16 +432,28 @@ def test_prefix_pages_are_found_and_released() -> None:
     bench.step()
     again = bench.add(ask("again", [*range(64), 99], 3, prefix_key="a/x"))
     strangers = [bench.add(ask(f"no{key}", list(range(70)), 1, prefix_key=key)) for key in ("b/x", None)]
+    # It begins as the second page does: the key of a page is of all tokens before it too.
+    strangers.append(bench.add(ask("shifted", list(range(32, 102)), 1, prefix_key="a/x")))
     bench.step()
     assert again.pages[:2] == first.pages[:2] and again.cached_tokens == 64
-    assert [request.cached_tokens for request in strangers] == [0, 0]
     while bench.live:
         bench.step()
+    assert [request.cached_tokens for request in strangers] == [0, 0, 0]
     assert pool.available() == pool.count
     # Both pages of the prefix are idle now, and found once more; the last token is computed in any case.
     exact = bench.add(ask("exact", list(range(64)), 1, prefix_key="a/x"))
     plan = bench.step()
     assert plan and plan.chunks == [(exact, 32)] and exact.cached_tokens == 32
+
+
+def test_pages_that_chunks_and_decodes_fill_are_found() -> None:
+    bench = world(8, budget=20)
+    first = bench.add(ask("first", list(range(40)), 30, prefix_key="a/x"))
+    while bench.live:
+        bench.step()
+    again = bench.add(ask("again", first.tokens, 1, prefix_key="a/x"))
+    bench.step()
+    assert len(first.tokens) == 70 and again.cached_tokens == 64
 
 
 def test_pages_that_were_found_are_released_where_the_request_cannot_enter() -> None:
@@ -496,3 +528,20 @@ def test_a_loading_adapter_does_not_hold_the_next_request_up() -> None:
     other = bench.add(ask("other", [1] * 5))
     plan = bench.step()
     assert plan and plan.entered == [other]
+
+
+def test_check_invariants_notices_a_planted_fault() -> None:
+    bench = world(8)
+    request = bench.add(ask("r", [1] * 40))
+    bench.step()
+    planner = bench.planner
+    planner.check_invariants()
+    request.tokens += [1] * 40
+    with pytest.raises(RuntimeError, match="lacks pages"):
+        planner.check_invariants()
+    del request.tokens[request.computed :]
+    with pytest.raises(RuntimeError, match="has nothing to run"):
+        planner.check_invariants()
+    planner._rows.pop()
+    with pytest.raises(RuntimeError, match="a row is lost"):
+        planner.check_invariants()
