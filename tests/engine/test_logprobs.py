@@ -14,10 +14,11 @@ from torch import Tensor
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase
 from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine, TokenLogprobs
-from sera_serve.engine.loop.choice import token_logprobs
+from sera_serve.engine.loop.choice import take_prompt_logprobs, token_logprobs
 from sera_serve.engine.loop.hugging_face import PagedModel
 from support.engine import SHAPE, Start, collect, generate, settled
 from support.factories import merged, random_adapter
+from support.plan_world import ask
 
 # The same numbers in another order of addition: a float32 has 24 bits, a logit here is a sum of at most 128 products
 # with sums of at most 128 below it, and the largest logits are about 30. 30 * 2**-24 * sqrt(128) is 2e-5; two layers
@@ -180,6 +181,14 @@ def test_deltas_have_those_of_their_tokens(decoder: FrozenBase, store: AdapterSt
         await settled(engine)
 
     asyncio.run(main())
+
+
+def test_a_prompt_with_a_log_probability_that_is_not_finite_overflows() -> None:
+    logits = torch.zeros(4, 9)
+    logits[1, 3] = torch.inf
+    overflowed: set[Any] = set()
+    kept = take_prompt_logprobs(logits, [(request := ask("r", [1, 2, 3, 4]), 0, 4)], overflowed)
+    assert overflowed == {request} and len(kept) == 1
 
 
 def test_likely_tokens_take_little_memory_and_read_as_pairs() -> None:
