@@ -186,6 +186,7 @@ def test_adapters_of_all_shapes_have_graphs_of_few_kinds() -> None:
     # What covers all grows by a bucket of one kind of shape at a time, at most.
     assert len(captured) <= captures._MOST_KINDS + 3 * len(RANK_BUCKETS) + 1
     assert [least_covering(captured, one) for one in captured[:8]] == captured[:8]
+    assert not least_covering(captured[:1], ShapeClasses()).width, "a step without adapters pays for them"
 
 
 @pytest.mark.parametrize("rows", [1, 8, 64, 100, 256, 300, 511, 512, 600, 2000])

@@ -356,5 +356,8 @@ def test_closed_residency_refuses_waiting_and_coming_requests(build: Build, larg
     hint.release()
     store.let_go()
     residency.close()
+    late = residency.prefetch(large[2])
+    assert residency.stats().loading == 0, "no thread would ever read it"
+    late.release()
     assert residency.resident_digests() == [large[0]]
     assert residency.leases() == 0

@@ -56,6 +56,13 @@ def test_least_recently_used_leaves_first(large: list[str], build: Build) -> Non
     assert residency.resident_digests() == [a, c]
 
 
+def test_an_adapter_takes_the_room_of_others_to_the_last_element(large: list[str], build: Build) -> None:
+    residency = build(room=1)
+    for digest in large[:2]:
+        granted(residency.acquire(digest)).release()
+    assert residency.resident_digests() == [large[1]] and residency.pool.used == residency.pool.capacity
+
+
 def test_leased_adapters_stay_and_others_wait(large: list[str], build: Build) -> None:
     residency = build(room=2.2)
     a, b, c, d = large
