@@ -114,6 +114,27 @@ def test_only_what_has_changed_is_read_again(
     assert read == ["acme/b"]
 
 
+def test_a_count_during_which_something_was_deleted_refuses_once(
+    store: AdapterStore, bundles: list[AdapterBundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    holdings = limited(store, adapters=2)
+    for name in "ab":
+        publish(holdings, store, bundles[0], f"acme/{name}")
+    holdings.note_deleted("acme/gone")
+    held = store.held
+
+    def then_deleted(tenant: str) -> Held:
+        found = held(tenant)
+        store.delete("acme/a")
+        holdings.note_deleted("acme/a")
+        return found
+
+    with monkeypatch.context() as patch, pytest.raises(QuotaExceeded):
+        patch.setattr(store, "held", then_deleted)
+        publish(holdings, store, bundles[0], "acme/c")
+    publish(holdings, store, bundles[0], "acme/c")
+
+
 def test_an_adapter_too_many_is_refused(store: AdapterStore, bundles: list[AdapterBundle]) -> None:
     holdings = limited(store, adapters=2)
     publish(holdings, store, bundles[0], "acme/a")

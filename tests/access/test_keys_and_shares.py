@@ -71,6 +71,8 @@ def test_keys_are_listed_revoked_and_expire(database: AccessDatabase) -> None:
     assert second.status == "expired"
     revoked = keys.revoke(first.id)
     assert revoked.status == "revoked" and keys.revoke(first.id) == revoked
+    with pytest.raises(InvalidRequest):
+        keys.create("acme", ["infer"], lifetime_s=0)
     with pytest.raises(KeyNotFound):
         keys.revoke("none")
     with pytest.raises(KeyNotFound):

@@ -40,6 +40,8 @@ def test_none_is_no_limit_where_others_have_one(database: AccessDatabase) -> Non
     assert quotas.of("acme").adapters is quotas.of("zoo").adapters is None
     assert quotas.clear("acme")
     assert not quotas.clear("acme")
+    with pytest.raises(InvalidConfiguration):
+        quotas.clear("Acme")
     assert quotas.of("acme").adapters == 1
 
 

@@ -118,6 +118,19 @@ def test_a_limit_that_changes_holds_at_once(rates: Rates) -> None:
     rates.admit("acme", Quota(requests_per_minute=11))
 
 
+def test_without_a_limit_what_was_used_is_forgotten_with_time(rates: Rates, clock: Clock) -> None:
+    rates.charge_tokens("acme", Quota(), 1000)
+    clock.now += 60
+    assert rates.used("acme", Quota()) == (0, 368), "a part of 1/e is left"
+
+
+def test_tenants_that_came_long_ago_are_forgotten(rates: Rates, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sera_serve.access.rates._MAX_BUCKETS", 4)
+    for tenant in ("first", "second", "third"):
+        rates.admit(tenant, Quota())
+    assert [rates.used(tenant, Quota())[0] for tenant in ("first", "second", "third")] == [0, 1, 1]
+
+
 @pytest.mark.parametrize("before", [None, 600])
 def test_what_was_used_before_a_lower_limit_is_no_debt(rates: Rates, clock: Clock, before: int | None) -> None:
     free = Quota(requests_per_minute=before, tokens_per_minute=None if before is None else 10**6)

@@ -97,6 +97,7 @@ def test_retry_after_is_what_the_present_requests_will_take() -> None:
         controller.release(request)
     clock.now += 3600
     requests = [admit(controller, tenant) for tenant in ["a", "b"] * 20]
+    serve(every=0.25, times=1)
     assert retry_after("c") == 10
     # Nor is anybody sent away for longer than a minute.
     serve(every=100, times=20)

@@ -148,7 +148,7 @@ def test_cache_keeps_the_wanted_ones(bundles: dict[str, AdapterBundle], index: d
     assert cache.used == packed[3].nbytes
 
 
-def test_idle_check_runs_once_after_something_happened(build: Build, large: list[str]) -> None:
+def test_idle_check_runs_once_after_something_happened(build: Build, large: list[str], store: Store) -> None:
     residency: AdapterResidency = build(room=4)
     assert not residency.idle_check()
     lease = granted(residency.acquire(large[0]))
@@ -156,6 +156,11 @@ def test_idle_check_runs_once_after_something_happened(build: Build, large: list
     lease.release()
     assert residency.idle_check()
     assert not residency.idle_check()
+    store.hold(large[1])
+    loading = residency.acquire(large[1])
+    assert not residency.idle_check()
+    store.let_go()
+    granted(loading).release()
     granted(residency.acquire(large[0])).release()
     residency.pool.tables.offset[0, lease.slot] += 8
     with pytest.raises(RuntimeError, match="does not point at its adapter"):
