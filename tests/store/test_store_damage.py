@@ -221,12 +221,15 @@ def test_lists_leave_out_a_name_of_another_form(store: AdapterStore) -> None:
 def test_an_adapter_with_a_damaged_record_can_be_deleted(store: AdapterStore) -> None:
     digests = [store.publish(make_bundle(seed), NAME).digest for seed in (1, 2)]
     damage_record(store, NAME)
+    # Nobody knows what it refers to: no bundle is garbage.
+    with pytest.raises(StoreCorrupted):
+        store.collect_garbage()
+    assert all(map(store.has, digests))
     freed = store.delete(NAME)
     assert freed.adapter_gone and freed.digests == (digests[1],)
     assert list(store.iter_adapters()) == [] and store.count_adapters() == 0
     with pytest.raises(AdapterNotFound):
         store.delete(NAME)
-    # Nobody knew what the damaged record referred to.
     assert store.collect_garbage().digests == (digests[0],)
     assert store.publish(make_bundle(3), NAME).version == 3
 
