@@ -26,12 +26,14 @@ def grouped_sera_reference(
             (entry,) = tables.entries(module, [slot])
             if entry.offset == ABSENT:
                 continue
-            a, c, b = entry.factors(pool.double(), d_in, d_out)
-            blocks_a = torch.block_diag(*a.view(entry.split, -1, entry.segment_rank))
-            blocks_b = torch.block_diag(*b.view(entry.segment_rank, entry.split, -1).transpose(0, 1))
+            # Not the pool in float64: one of thousands of adapters would fill the memory.
+            a, c, b = entry.factors(pool, d_in, d_out)
+            blocks_a = torch.block_diag(*a.double().view(entry.split, -1, entry.segment_rank))
+            blocks_b = torch.block_diag(*b.double().view(entry.segment_rank, entry.split, -1).transpose(0, 1))
             reduced = x[tokens].double() @ blocks_a
-            mixed = reduced if c is None else reduced @ c
+            mixed = reduced if c is None else reduced @ c.double()
             result = y[tokens].double() + entry.scaling * (mixed @ blocks_b)
-            if (vectors := entry.gain_and_offset(pool.double(), d_out)) is not None:
-                result = vectors[0] * result + vectors[1]
+            if (vectors := entry.gain_and_offset(pool, d_out)) is not None:
+                gain, offset = vectors.double()
+                result = gain * result + offset
             y[tokens] = result.to(y.dtype)
