@@ -46,6 +46,7 @@ def program(name: str) -> str:
     return f"import {module}; {module}.{function}()"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "module"),
     [

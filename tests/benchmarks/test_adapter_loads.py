@@ -25,6 +25,7 @@ def last_line(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return told
 
 
+@pytest.mark.slow
 def test_right_loads_are_timed(capsys: pytest.CaptureFixture[str]) -> None:
     adapter_loads.main(rounds=1)
     told = last_line(capsys)
@@ -35,6 +36,7 @@ def test_right_loads_are_timed(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(0 < row["median_ms"] <= row["most_ms"] for row in told["rows"])
 
 
+@pytest.mark.slow
 def test_a_wrong_load_is_told_without_times(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

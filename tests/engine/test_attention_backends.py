@@ -489,6 +489,7 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> PagedAttention:
     return backend
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("most_gathered", "groups"), [(1 << 16, 1), (150, 4)])
 def test_flashinfer_plans_a_group_once_for_each_step_and_kind_of_layer(
     most_gathered: int, groups: int, flashinfer: PagedAttention, monkeypatch: pytest.MonkeyPatch

@@ -102,6 +102,7 @@ def logits(paged: PagedModel, context: AdapterContext, slots: list[int] | None) 
     return torch.cat([prompt, decoded])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [None, InPlaceSide()], ids=["in place", "beside"])
 @pytest.mark.parametrize("shapes", [SINGLE, MIXED], ids=["single", "mixed"])
 def test_fused_layers_give_the_same(shapes: list[tuple[int, int]], side: SideStream | None) -> None:

@@ -112,6 +112,7 @@ def publish_two(base: FrozenBase, store: AdapterStore) -> None:
     store.publish(with_vectors(second, gain=names[:1], offset=names[:1]), "acme/b")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make_base", [random_decoder, random_encoder])
 def test_replayed_passes_of_texts_are_those_of_the_eager_runner(
     make_base: Callable[[], FrozenBase], store: AdapterStore, start_engine: Start
@@ -265,6 +266,7 @@ def test_a_watched_pass_and_a_failed_capture_run_operation_by_operation(
     assert numbers(asyncio.run(classify(with_graphs, "acme/a", ["text"])).results) == want
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("max_rows", "max_tokens"), [(32, 2048), (5, 2048), (32, 512), (1, 8)])
 def test_sizes_of_passes(max_rows: int, max_tokens: int) -> None:
     base: Any = SimpleNamespace(**{**vars(_shape_of(random_decoder())), "max_length": 300})

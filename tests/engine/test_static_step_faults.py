@@ -97,6 +97,7 @@ def test_steps_that_cannot_be_captured_run_packed_for_a_while(
     assert failures > 1 and replayed.replays and replayed.ahead
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", [0, 1])
 def test_no_step_is_launched_ahead_that_would_run_packed(
     odd: int, decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, static_updates: Callable[[], None]
@@ -147,6 +148,7 @@ def test_the_packed_part_of_a_step_fails_alone(
     assert len(beside) == 1 and engine.failure() is None
 
 
+@pytest.mark.slow
 def test_a_failing_step_ends_the_step_launched_ahead_too(
     decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, static_updates: Callable[[], None]
 ) -> None:

@@ -295,6 +295,7 @@ PATTERNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATTERNS)
 def test_patterns_of_a_checkpoint_are_compiled_in_little_time_and_memory(name: str) -> None:
     # In a process of its own, whose memory is bounded: what fails here would take the machine's.

@@ -206,6 +206,7 @@ def test_decoding_is_the_reference(
     run_case(widths, popularity, tokens, dtype, launch, margin, offset_step)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize(
     ("widths", "popularity", "tokens", "dtype", "margin", "offset_step"),
@@ -254,6 +255,7 @@ def test_large_and_small_blocks_are_the_reference(
     run_case(SINGLE, popularity, 20, torch.bfloat16, SMALL, 8, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefill", [False, True])
 @pytest.mark.parametrize(
     ("widths", "dtype", "margin", "offset_step"),
@@ -299,6 +301,7 @@ def test_gains_and_offsets_are_the_reference(
         assert torch.isnan(outside).sum() == outside.numel() - mine.numel()
 
 
+@pytest.mark.slow
 def test_more_than_256_tokens_are_computed_in_tiles() -> None:
     run_case(Widths(32, (48,), ((4, 4, True), (4, 1, False))), "runs", 300, torch.bfloat16, SMALL, 8, 8)
 

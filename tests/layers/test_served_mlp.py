@@ -95,6 +95,7 @@ class SideByName(SideStream):
         self.log.append("join")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fused", [False, True])
 def test_updates_are_computed_beside_the_base_layers(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served_mlp, "_can_fuse", lambda mlp: fused)

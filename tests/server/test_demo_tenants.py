@@ -52,6 +52,7 @@ def test_chat_rows_are_held_out() -> None:
     assert demo.EXAMPLES["demo/chat"] not in {row["prompt"] for row in rows}
 
 
+@pytest.mark.slow
 def test_demo_tenants_are_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick: dict[str, dict[str, Any]] = {
         name: options | {"epochs": 1, "train_limit": 16, "rank": 4} for name, options in demo.DEMOS.items()

@@ -45,6 +45,7 @@ def test_the_page_takes_no_query_and_no_other_method(client: httpx.Client) -> No
     assert client.post("/docs").status_code == 405
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [390, 1440])
 def test_a_person_tries_a_route_with_a_key(base: FrozenBase, tmp_path: Path, width: int) -> None:
     store = AdapterStore(tmp_path / "store")

@@ -237,6 +237,7 @@ def test_the_printed_lines_work_when_pasted_and_sigterm_ends_gracefully(folder: 
         assert "stopped" in process.stdout.read().splitlines()[-3:]
 
 
+@pytest.mark.slow
 def test_a_damaged_record_does_not_keep_a_server_from_its_start(folder: Path, tmp_path: Path) -> None:
     served = load_base(str(folder))
     config = SeraConfig(4, 2, 8, ("q_proj",))
@@ -344,6 +345,7 @@ def test_a_gpus_steps_wait_less_for_the_interpreter(
     assert given == set_to
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_does_not_wait(folder: Path, tmp_path: Path) -> None:
     arguments = ["--base", folder, "--store", tmp_path / "store", "--port", "0", "--pool-mib", "4"]
     more = ["--kv-cache-tokens", "1024", "--metrics-address", "127.0.0.1:0"]

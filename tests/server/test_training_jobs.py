@@ -160,6 +160,7 @@ def test_forms_that_are_not_of_their_form_are_refused_by_name(url: str) -> None:
         assert refused(raw.get("/v1/files?after=file-0"), 404, "file_not_found")["param"] == "after"
 
 
+@pytest.mark.slow
 def test_a_classifier_is_trained_and_serves_at_once(
     client: openai.OpenAI, url: str, store: AdapterStore, started: dict[str, Any]
 ) -> None:

@@ -171,6 +171,7 @@ def test_sharing_and_its_end(run: Run, root: Path) -> None:
     assert actions == ["share.add", "share.add", "share.remove", "adapter.delete"]
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_fault_and_a_full_disk_is(run: Run, root: Path) -> None:
     fields(run("keys", "create", "--tenant", "acme", "--json"))
     listing = [sys.executable, "-c", "from sera_serve.cli import main; main()", "keys", "list", "--store", str(root)]

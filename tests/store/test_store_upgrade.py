@@ -66,6 +66,7 @@ def test_an_old_store_is_upgraded_when_it_is_opened(old_store: Path, tmp_path: P
     assert_works(copy(old_store, tmp_path / "store"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_kill_at_every_step_of_the_upgrade(old_store: Path, jobs: JobServer, tmp_path: Path, after: bool) -> None:
     for call in range(1, 200):
@@ -121,6 +122,7 @@ def test_an_old_store_that_must_not_be_written_is_read(
     assert [info.adapter for info in store.iter_adapters()] == IDS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("action", ["delete an adapter", "delete a version", "publish a first version"])
 def test_a_kill_takes_no_bundle_from_another_adapter(

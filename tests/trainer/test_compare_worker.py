@@ -105,7 +105,9 @@ def test_an_interrupt_ends_the_command_and_its_processes_without_a_traceback(
         "settings": {"epochs": 1000, "pooling": "mean"},
     }
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(plan))
-    command = [sys.executable, "-c", "from sera_serve.trainer.cli import main; main()", "compare"]
+    # A process that was started in the background of a script ignores interrupts.
+    takes_it = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    command = [sys.executable, "-c", f"{takes_it}; from sera_serve.trainer.cli import main; main()", "compare"]
     # A group of its own, to which the signal goes as that of a terminal's Ctrl-C does.
     parent = subprocess.Popen(
         [*command, str(tmp_path / "plan.yaml")],

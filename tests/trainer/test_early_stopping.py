@@ -69,6 +69,7 @@ def kill_at(base: FrozenBase, options: TrainSettings, step: int, moment: str) ->
             train_adapter(options, base=base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["within an epoch", "before the last save", "after the last save"])
 def test_a_killed_run_ends_as_an_undisturbed_one(
     base: FrozenBase, undisturbed: tuple[TrainResult, dict[str, Any]], tmp_path: Path, place: str

@@ -109,6 +109,7 @@ def test_embeddings_that_came_to_one_point_are_told(tmp_path: Path) -> None:
     assert sum("the embeddings of all images were nearly the same" in note for note in notes) == 1
 
 
+@pytest.mark.slow
 def test_going_on_from_an_adapter_keeps_its_labels_and_towers(tmp_path: Path) -> None:
     base = random_clip()
     first = image_settings(tmp_path, image_folder(tmp_path / "rows", 8), epochs=1)

@@ -41,6 +41,7 @@ def options(tmp_path: Path, rows: Path, **given: Any) -> TrainSettings:
     return TrainSettings(**{"task": "classify", "epochs": 1, "eval_fraction": 0, **fixed, **given})
 
 
+@pytest.mark.slow
 def test_a_classifier_goes_on_with_its_own_values(tmp_path: Path, rows: Path, frozen: FrozenBase) -> None:
     store = AdapterStore(tmp_path / "store")
     first = train_adapter(
@@ -64,6 +65,7 @@ def test_a_classifier_goes_on_with_its_own_values(tmp_path: Path, rows: Path, fr
     assert any(not torch.equal(changed[name], tensor) for name, tensor in before.tensors.items())
 
 
+@pytest.mark.slow
 def test_the_factors_that_trained_go_on_training(tmp_path: Path, rows: Path, frozen: FrozenBase) -> None:
     store = AdapterStore(tmp_path / "store")
     first = train_adapter(options(tmp_path, rows, rank=4, target_modules="q_proj", train_factors="b"), base=frozen)
@@ -78,6 +80,7 @@ def test_the_factors_that_trained_go_on_training(tmp_path: Path, rows: Path, fro
         assert {name.rpartition(".")[2] for name in moved} == {"sera_b", "weight", "bias"}
 
 
+@pytest.mark.slow
 def test_a_record_from_elsewhere_names_no_factors(tmp_path: Path, rows: Path, frozen: FrozenBase) -> None:
     store = AdapterStore(tmp_path / "store")
     made = random_adapter(frozen, SeraConfig(4, 2, 8, ("q_proj",)), 1, labels=["fruit", "tool"])
@@ -88,6 +91,7 @@ def test_a_record_from_elsewhere_names_no_factors(tmp_path: Path, rows: Path, fr
         assert result.parameters == sum(spec.parameters for spec in config.modules.values())
 
 
+@pytest.mark.slow
 def test_options_without_meaning_for_the_kept_method_are_refused(
     tmp_path: Path, rows: Path, frozen: FrozenBase
 ) -> None:

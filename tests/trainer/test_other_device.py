@@ -115,6 +115,7 @@ def check_same(found: list[tuple[TrainResult, Any]]) -> None:
         torch.testing.assert_close(tensor, others[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @at_each_place
 @pytest.mark.parametrize("name", RUNS)
 def test_texts(name: str, place: Place, tiny_base: Path, tiny_encoder: Path, tmp_path: Path) -> None:
@@ -135,6 +136,7 @@ def test_rank_allocation(place: Place, tiny_base: Path, tmp_path: Path) -> None:
     assert here.metrics == pytest.approx(there.metrics, rel=1e-2)
 
 
+@pytest.mark.slow
 @at_each_place
 def test_several_adapters_at_once(place: Place, tiny_base: Path, tmp_path: Path) -> None:
     found = []
@@ -161,12 +163,14 @@ def test_several_adapters_at_once(place: Place, tiny_base: Path, tmp_path: Path)
                 torch.testing.assert_close(tensor, others[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @at_each_place
 def test_images(place: Place, tmp_path: Path) -> None:
     rows = image_folder(tmp_path / "rows", 12)
     check_same(train_twice(place, random_vit, image_settings(tmp_path, rows, epochs=2, augment=True)))
 
 
+@pytest.mark.slow
 @at_each_place
 def test_captions(place: Place, tmp_path: Path) -> None:
     rows = captioned_images(tmp_path / "rows")

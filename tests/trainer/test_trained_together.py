@@ -49,6 +49,7 @@ class Watch:
         monkeypatch.setattr(AdapterTrainer, "log", noting)
 
 
+@pytest.mark.slow
 def test_jobs_of_all_kinds_are_those_of_runs_of_their_own(
     base: FrozenBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

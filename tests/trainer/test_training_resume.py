@@ -63,6 +63,7 @@ def undisturbed(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Tr
 
 
 # 54 rows by 8: 7 steps an epoch. Within an epoch, at its first and last step, after its evaluation's save.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "moment", "resumed_from"),
     [
@@ -90,6 +91,7 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(
     assert not (tmp_path / "store.training").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -145,6 +147,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 
 # At the rate 1 the first epoch is the best one. After step 21 only its tensors are loaded, by Trainer or without it.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "step", "moment", "resumed_from"),
     [
