@@ -13,6 +13,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# Collecting the tests makes much and frees little.
+gc.disable()
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 # A run takes one of so many parts of the slow tests.
 _SLOW_PARTS = 5
@@ -49,6 +52,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     A run imports every library that the project works with. A full collection over all of their objects takes as long
     as a small training, and each training asks for one.
     """
+    gc.enable()
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _later_modules_too() -> Iterator[None]:
+    """Leave what tests have imported, and what libraries have cached, out of garbage collections too."""
+    yield
     gc.collect()
     gc.freeze()
 

@@ -266,7 +266,6 @@ def test_a_watched_pass_and_a_failed_capture_run_operation_by_operation(
     assert numbers(asyncio.run(classify(with_graphs, "acme/a", ["text"])).results) == want
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("max_rows", "max_tokens"), [(32, 2048), (5, 2048), (32, 512), (1, 8)])
 def test_sizes_of_passes(max_rows: int, max_tokens: int) -> None:
     base: Any = SimpleNamespace(**{**vars(_shape_of(random_decoder())), "max_length": 300})
