@@ -1,9 +1,9 @@
 """The update of a trained layer, h += scaling * ((x A) C) B, with a backward pass of its own.
 
 Autograd over single products keeps the reduced vectors twice, and writes the update and its scaled copy beside the
-output. Here the update is added to the output in place, and x and x A are all that is kept. The products of segments
-are batched with the tokens as their columns: with few rows they are up to three times as fast on a CPU as with few
-columns. The outputs of segments of rank 1 are products of elements: a matrix product of inner width 1 is slower.
+output. Here the update is added to the output in place, and x and x A are all that is kept. Which form of the products
+of segments is the fastest depends on the processor; docs/decisions.md has the figures. The outputs of segments of rank
+1 are products of elements: a matrix product of inner width 1 is slower.
 
 Legend: T tokens, s segments, w elements of a segment, m segment rank, r = s m. A block-diagonal factor is (s, w, m).
 """
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -145,6 +147,8 @@ def blocks_of_b(b: Tensor, split: int) -> Tensor:
 def reduce_segments(x: Tensor, blocks: Tensor) -> Tensor:
     """(T, s w) by (s, w, m) to (T, s m)."""
     split, width, segment_rank = blocks.shape
+    if split > 1 and x.device.type == "cpu" and _is_intel():
+        return torch.bmm(x.view(-1, split, width).transpose(0, 1), blocks).transpose(0, 1).reshape(len(x), -1)
     if split > 1 and segment_rank == 1 and (width > _NARROW or x.device.type != "cpu"):
         return _sums_of_products(x.view(-1, split, width), blocks[..., 0])
     if split == 1 and segment_rank >= _MANY_COLUMNS:
@@ -156,6 +160,15 @@ def reduce_segments(x: Tensor, blocks: Tensor) -> Tensor:
     reduced = torch.bmm(rows, x.view(-1, split, width).permute(1, 2, 0))
     # The products that follow read (T, r) in one piece.
     return reduced.view(split * segment_rank, len(x)).T.contiguous()
+
+
+@cache
+def _is_intel() -> bool:
+    """Whether batched products with few columns are fast: torch's CPU library has them for Intel's processors."""
+    try:
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
 
 
 def _sums_of_products(segments: Tensor, factor: Tensor) -> Tensor:

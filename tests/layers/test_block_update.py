@@ -37,10 +37,12 @@ def test_gradients_are_those_of_finite_differences(split: int, segment_rank: int
 @pytest.mark.parametrize("width", [_NARROW - 2, _NARROW, _NARROW + 2])
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("use_mixer", [True, False])
+@pytest.mark.parametrize("is_intel", [True, False])
 def test_every_form_has_the_gradients_of_the_dense_update(
-    segment_rank: int, width: int, whole: bool, use_mixer: bool, monkeypatch: pytest.MonkeyPatch
+    is_intel: bool, segment_rank: int, width: int, whole: bool, use_mixer: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Narrow and wide segments, and wide ones in pieces: the last piece is shorter than the others."""
+    monkeypatch.setattr(block_update, "_is_intel", lambda: is_intel)
     split, tokens = 3, 7
     if not whole:
         monkeypatch.setattr(block_update, "_WHOLE", 0)
