@@ -288,6 +288,7 @@ def test_an_afternoon_s_reading_is_there_and_fits_an_afternoon() -> None:
     assert len(files) == 21 and abs(lines - int(told.replace(",", ""))) < 200 and lines < 6000
 
 
+@pytest.mark.slow
 def test_the_documented_backup_is_whole_and_for_its_owner_alone(tmp_path: Path) -> None:
     text = (REPOSITORY / "docs" / "operators.md").read_text(encoding="utf-8")
     (commands,) = re.findall(r"## Backup and restore\n.*?```sh\n(.*?)```", text, re.DOTALL)

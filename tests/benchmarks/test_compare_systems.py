@@ -71,6 +71,7 @@ def test_every_case_is_reported() -> None:
     assert [row["case"] for row in long_prompts] == ["base", "hf_generate_16"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["base", "enabled_base_only", "sera_1", "sera_16", "sera_64"])
 def test_a_wrong_output_is_reported_without_speeds(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LocalSystem, "spoil", case)

@@ -114,6 +114,7 @@ def test_replays_see_a_kernel_that_goes_on_with_the_tables_it_first_read(setting
     assert {"replay, adapter removed", "replay, shapes swapped", "replay, contents"} >= set(wrong) > set()
 
 
+@pytest.mark.slow
 def test_the_check_of_an_activation_sees_updates_of_one_layer_alone(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

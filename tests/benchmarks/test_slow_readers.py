@@ -49,6 +49,7 @@ def test_slow_readers_lose_no_token(reading: Reading) -> None:
     assert [(read.tokens, read.text) for read in slow] == [(read.tokens, read.text) for read in fast]
 
 
+@pytest.mark.slow
 def test_clients_that_stop_hold_tokens_alone_and_are_cut(reading: Reading, engine: ServingEngine) -> None:
     stopping = replace(reading, streams=10, new_tokens=LONG, stops=True, held_s=WRITE_TIMEOUT_S + 3)
     with ThreadPoolExecutor(1) as readers:

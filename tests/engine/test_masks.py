@@ -282,6 +282,7 @@ def test_threads_that_cannot_be_started_are_asked_for_again(
     assert not threads._jobs and not threads._waiting and not threads._working
 
 
+@pytest.mark.slow
 def test_a_mask_that_never_ends_does_not_keep_the_process_from_ending() -> None:
     program = """
 import threading

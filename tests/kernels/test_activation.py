@@ -34,6 +34,7 @@ def test_it_gives_what_torch_gives(tokens: int, width: int, dtype: torch.dtype) 
     assert width < 64 or not tokens or (silu_mul(gate, up, more) - silu_mul(gate, up)).abs().max() > 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", ["none", "large", "small"])
 @pytest.mark.parametrize(
     ("shapes", "vectors"),

@@ -244,6 +244,7 @@ def test_large_blocks_of_each_size_are_the_reference(tokens: int, inputs: int, m
 
 
 # Two layers of 20 tokens each.
+@pytest.mark.slow
 @pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize("popularity", ["runs", "with no adapter"])
 @pytest.mark.parametrize(("rows", "parts"), [(39, 1), (40, RUN_PARTS)])

@@ -247,6 +247,7 @@ def test_a_chat_is_trained_and_goes_on_from_the_first_job(client: openai.OpenAI,
         client.fine_tuning.jobs.create(model=first.fine_tuned_model, training_file=file, extra_body=adapter())
 
 
+@pytest.mark.slow
 def test_a_job_whose_data_do_not_fit_fails_in_words(client: openai.OpenAI, started: dict[str, Any]) -> None:
     job = finished(client, started["fail"].id)
     assert (job.status, job.fine_tuned_model, job.error.code) == ("failed", None, "invalid_training_data")

@@ -196,6 +196,7 @@ def test_help_has_every_option(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
             assert f"\n{group}:\n" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["sera_serve.cli", "sera_serve.trainer.cli"])
 def test_a_module_of_a_command_line_runs_it(module: str) -> None:
     found = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
