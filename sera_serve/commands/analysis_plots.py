@@ -46,8 +46,11 @@ def plot_spectra(adapters: Sequence[tuple[str, Mapping[str, Sequence[LayerSpectr
                 length = min(len(curve) for curve in curves)
                 mean = np.mean([curve[:length] for curve in curves], axis=0)
                 panel.semilogy(_places(mean), mean, color=colour, linestyle=style, linewidth=2.2, label=f"{name}, mean")
+        # Names of files and layers are no formulas, whatever dollars they have, here and below.
         panel.set_title(
-            f"{group} ({max(len(by_group.get(group, ())) for _, by_group in adapters)} layers)", fontsize=10
+            f"{group} ({max(len(by_group.get(group, ())) for _, by_group in adapters)} layers)",
+            fontsize=10,
+            parse_math=False,
         )
         panel.set_xlabel("index")
         panel.set_ylabel("singular value")
@@ -56,7 +59,11 @@ def plot_spectra(adapters: Sequence[tuple[str, Mapping[str, Sequence[LayerSpectr
     # An adapter need not have curves in every panel.
     lines = {line.get_label(): line for panel in panels for line in panel.get_legend_handles_labels()[0]}
     if lines:
-        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), frameon=False)
+        legend = figure.legend(
+            lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), frameon=False
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
     _save(figure, path)
 
 
@@ -79,9 +86,9 @@ def plot_similarity(names: tuple[str, str], similarity: Sequence[GroupSimilarity
             interpolation="nearest",
             extent=(0.5, columns + 0.5, 0.5, rows + 0.5),
         )
-        panel.set_title(f"{group} (mean of {by_group[group].layers} layers)", fontsize=10)
-        panel.set_xlabel(f"j, {_short(names[1])}")
-        panel.set_ylabel(f"i, {_short(names[0])}")
+        panel.set_title(f"{group} (mean of {by_group[group].layers} layers)", fontsize=10, parse_math=False)
+        panel.set_xlabel(f"j, {_short(names[1])}", parse_math=False)
+        panel.set_ylabel(f"i, {_short(names[0])}", parse_math=False)
         for axis in (panel.xaxis, panel.yaxis):
             axis.get_major_locator().set_params(integer=True)
     figure.colorbar(image, ax=list(panels), label="0: separate, 1: one holds the other", shrink=0.9)
@@ -103,7 +110,7 @@ def plot_norms(name: str, groups: Mapping[str, Sequence[LayerSpectrum]], path: P
     ]
     figure = Figure(figsize=(2.5 + max(4.0, 0.34 * depth), 0.9 + len(kinds) * (0.7 + 0.32 * len(groups))), dpi=_DPI)
     figure.set_layout_engine("constrained")
-    figure.suptitle(f"Norms by layer, {_short(name)}")
+    figure.suptitle(f"Norms by layer, {_short(name)}", parse_math=False)
     for panel, kind in zip(figure.subplots(len(kinds), 1, sharex=True, squeeze=False)[:, 0], kinds, strict=True):
         table = np.full((len(groups), depth), np.nan)
         for row, (group, layers) in enumerate(groups.items()):
@@ -119,7 +126,7 @@ def plot_norms(name: str, groups: Mapping[str, Sequence[LayerSpectrum]], path: P
             extent=(first - 0.5, last + 0.5, len(groups) - 0.5, -0.5),
         )
         panel.set_title("scaling * A C B" if kind == "update" else kind, fontsize=10)
-        panel.set_yticks(range(len(groups)), list(groups))
+        panel.set_yticks(range(len(groups)), list(groups), parse_math=False)
         panel.xaxis.get_major_locator().set_params(integer=True)
         figure.colorbar(image, ax=panel, pad=0.01)
     counted = any(columns[group] != _numbers(layers) for group, layers in groups.items())

@@ -61,8 +61,7 @@ def test_such_an_alias_stood_for_no_version(tab: Tab, store: AdapterStore, write
 
 @pytest.fixture
 def versions(store: AdapterStore, writer: AdapterBundle) -> Iterator[str]:
-    for _ in range(2):
-        store.publish(writer, "demo/old")
+    store.publish(writer, "demo/old")
     yield "demo/old"
     store.delete("demo/old")
 
@@ -93,7 +92,8 @@ def test_each_request_that_fails_on_an_adapter_s_page_is_told(tab: Tab, versions
     answer(tab.page, r"/v1/stats$", BUSY, 503)
     page = tab.open(f"adapters/{versions}")
     expect(page.get_by_role("alert")).to_contain_text("The disk is busy")
-    expect(page.get_by_role("heading", name="Version 2")).to_be_visible()
+    # Its number depends on the tests before: the numbers of an adapter that was deleted are not used again.
+    expect(page.get_by_role("heading", name=re.compile(r"^Version \d+$"))).to_be_visible()
     tab.page.unroute_all()
     page.get_by_role("button", name="Try again").click()
     expect(page.get_by_role("alert")).to_have_count(0)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from bundle_factory import BASE, GAINS, MODULE, classifier_fields, fill, make_bundle
 from click.testing import Result
 from matplotlib.figure import Figure
@@ -14,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from adapters_store import AdapterConfig, AdapterStore
-from adapters_store.convert.spectrum import LayerSpectrum, layer_spectra, subspace_similarity
+from adapters_store.convert.spectrum import GroupSimilarity, LayerSpectrum, layer_spectra, subspace_similarity
 from sera_serve.cli import build_cli
 from sera_serve.commands import analysis_plots
 
@@ -111,6 +112,17 @@ def test_each_adapter_is_in_the_legend(tmp_path: Path, monkeypatch: pytest.Monke
     analysis_plots.plot_spectra([("acme/first", first), ("acme/second", second)], tmp_path / "spectra.png")
     (legend,) = drawn[0].legends
     assert {text.get_text() for text in legend.get_texts()} == {"acme/first, mean", "acme/second, mean"}
+
+
+def test_names_with_dollars_are_no_formulas(tmp_path: Path) -> None:
+    # Matplotlib refuses this one as a formula.
+    name = r"$\frac$"
+    layers = {name: layer_spectra(make_bundle(modules={V: MODULE}))}
+    similarity = GroupSimilarity(group=name, layers=1, phi=torch.rand(2, 2), unrelated=0.1)
+    analysis_plots.plot_spectra([(name, layers)], tmp_path / "spectra.png")
+    analysis_plots.plot_similarity((name, name), [similarity], tmp_path / "similarity.png")
+    analysis_plots.plot_norms(name, layers, tmp_path / "norms.png")
+    assert len(list(tmp_path.glob("*.png"))) == 3
 
 
 def test_a_file_is_read_without_a_store(tmp_path: Path) -> None:
