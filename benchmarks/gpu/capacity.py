@@ -66,11 +66,11 @@ def measure_residents(setting: Setting) -> list[Row]:
         pool.fill(placement, values[8 * i : 8 * i + len(adapter.data)])
     fill_s = time.perf_counter() - start
     setting.say(f"capacity: {count} adapters are resident")
-    widths = [bundle.config.modules[path] for path in index]
+    specs = list(bundle.config.modules.values())
     layers = len(index) // len(LINEARS)
-    x = torch.randn(TOKENS, widths[0].d_in, device=setting.device).to(torch.bfloat16)
+    x = torch.randn(TOKENS, specs[0].d_in, device=setting.device).to(torch.bfloat16)
     # The outputs are updates alone, beside which no error is small.
-    ys = [x.new_zeros(TOKENS, width.d_out) for width in widths[:3]]
+    ys = [x.new_zeros(TOKENS, spec.d_out) for spec in specs[:3]]
     cases = {}
     for name, last in (("neighbours", min(TOKENS, count) - 1), ("spread", count - 1)):
         slots = torch.linspace(0, last, TOKENS).round().to(setting.device, torch.int32)

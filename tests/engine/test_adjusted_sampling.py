@@ -16,7 +16,7 @@ from torch import Tensor
 
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase
-from sera_serve.engine import ConstraintSpec, GenerateParams, GenerationResult, ServingEngine, TokenConstraint
+from sera_serve.engine import ConstraintSpec, GenerateParams, GenerationResult, TokenConstraint
 from sera_serve.engine.loop.choice import bias_of
 from sera_serve.engine.request import BASE_PRINCIPAL, GenerationRequest
 from sera_serve.engine.sampling import sampling_keys
@@ -25,6 +25,7 @@ from support.engine import SHAPE, Start, collect, generate, settled
 from support.factories import merged, random_adapter
 from support.graph_recorder import Replayed
 from support.sampling import kept, noise
+from support.static_batches import all_at_once
 
 EOS = 257
 VOCABULARY = 259
@@ -120,15 +121,6 @@ def models(decoder: FrozenBase) -> dict[str | None, torch.nn.Module]:
     for seed, name in enumerate(filter(None, ADAPTERS)):
         found[name] = merged(decoder, random_adapter(decoder, SHAPE, seed, strength=0.5)).model.double()
     return found
-
-
-async def all_at_once(engine: ServingEngine, batch: list[GenerateParams]) -> list[GenerationResult]:
-    async def one(params: GenerateParams) -> GenerationResult:
-        return await (await generate(engine, params)).collect()
-
-    results = await asyncio.gather(*map(one, batch))
-    await settled(engine)
-    return results
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase
-from sera_serve.engine import GenerateParams, GenerationResult
+from sera_serve.engine import GenerateParams, GenerationResult, ServingEngine
 from sera_serve.engine.loop.captures import NotCaptured
 from sera_serve.engine.loop.row_tables import DeviceRows
 from sera_serve.engine.loop.static_step import StaticBatch, StaticLaunch
@@ -25,19 +25,34 @@ from support.static_batches import ADAPTERS, BATCHES, all_at_once, ask
 pytestmark = pytest.mark.usefixtures("memory_given_back")
 
 
+class Replaying(Protocol):
+    def __call__(
+        self, batch: list[GenerateParams], *, late: bool = False
+    ) -> tuple[list[list[int]], ServingEngine, Replayed]: ...
+
+
+@pytest.fixture
+def replaying(
+    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, static_updates: Callable[[], None]
+) -> Replaying:
+    """Makes the tokens that a batch gets without graphs, and then an engine whose graphs are replayed."""
+
+    def make(batch: list[GenerateParams], *, late: bool = False) -> tuple[list[list[int]], ServingEngine, Replayed]:
+        want = [one.token_ids for one in asyncio.run(all_at_once(start_engine(decoder, adapters), batch))]
+        static_updates()
+        engine = start_engine(decoder, adapters, max_sequences=16)
+        return want, engine, Replayed(engine, late=late)
+
+    return make
+
+
 def test_a_launch_that_fails_loses_no_page(
-    decoder: FrozenBase,
-    adapters: AdapterStore,
-    start_engine: Start,
-    static_updates: Callable[[], None],
+    replaying: Replaying,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A launch ahead is tried again after the step under way, and nobody is told."""
     batch = BATCHES["adapters"]
-    want = [one.token_ids for one in asyncio.run(all_at_once(start_engine(decoder, adapters), batch))]
-    static_updates()
-    engine = start_engine(decoder, adapters, max_sequences=16)
-    replayed = Replayed(engine)
+    want, engine, replayed = replaying(batch)
     launch, upload = replayed.launch, DeviceRows.upload
     failures, is_ahead = 0, False
 
@@ -59,15 +74,10 @@ def test_a_launch_that_fails_loses_no_page(
     assert failures == 8
 
 
-def test_steps_that_cannot_be_captured_run_packed_for_a_while(
-    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, static_updates: Callable[[], None]
-) -> None:
+def test_steps_that_cannot_be_captured_run_packed_for_a_while(replaying: Replaying) -> None:
     """Nobody is told, and nothing else is computed."""
     batch = BATCHES["adapters"]
-    want = [one.token_ids for one in asyncio.run(all_at_once(start_engine(decoder, adapters), batch))]
-    static_updates()
-    engine = start_engine(decoder, adapters, max_sequences=16)
-    replayed = Replayed(engine)
+    want, engine, replayed = replaying(batch)
     launch = replayed.launch
     asked = calls = failures = 0
     # When a shape may run again, in questions for any.
@@ -99,33 +109,22 @@ def test_steps_that_cannot_be_captured_run_packed_for_a_while(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("odd", [0, 1])
-def test_no_step_is_launched_ahead_that_would_run_packed(
-    odd: int, decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, static_updates: Callable[[], None]
-) -> None:
+def test_no_step_is_launched_ahead_that_would_run_packed(odd: int, replaying: Replaying) -> None:
     """When a request ends, the next step is of another size, which may be one that could not be captured."""
     batch = BATCHES["adapters"]
-    want = [one.token_ids for one in asyncio.run(all_at_once(start_engine(decoder, adapters), batch))]
-    static_updates()
-    engine = start_engine(decoder, adapters, max_sequences=16)
-    replayed = Replayed(engine)
+    want, engine, replayed = replaying(batch)
     replayed.can_run = lambda batch: len(batch.requests) % 2 == odd  # type: ignore[method-assign]
     assert [one.token_ids for one in asyncio.run(all_at_once(engine, batch))] == want
     assert replayed.batches
 
 
 def test_the_packed_part_of_a_step_fails_alone(
-    decoder: FrozenBase,
-    adapters: AdapterStore,
-    start_engine: Start,
-    static_updates: Callable[[], None],
+    replaying: Replaying,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Memory is short for a long prompt; what a graph runs beside it is right, and has run."""
     batch = BATCHES["adapters"][:5]
-    want = [one.token_ids for one in asyncio.run(all_at_once(start_engine(decoder, adapters), batch))]
-    static_updates()
-    engine = start_engine(decoder, adapters, max_sequences=16)
-    replayed = Replayed(engine)
+    want, engine, replayed = replaying(batch)
     packed, beside = replayed.runner._run_packed, []
 
     def without_memory(decodes: Any, chunks: Any) -> Any:
@@ -149,14 +148,9 @@ def test_the_packed_part_of_a_step_fails_alone(
 
 
 @pytest.mark.slow
-def test_a_failing_step_ends_the_step_launched_ahead_too(
-    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, static_updates: Callable[[], None]
-) -> None:
+def test_a_failing_step_ends_the_step_launched_ahead_too(replaying: Replaying) -> None:
     batch = BATCHES["adapters"]
-    want = [one.token_ids for one in asyncio.run(all_at_once(start_engine(decoder, adapters), batch))]
-    static_updates()
-    engine = start_engine(decoder, adapters, max_sequences=16)
-    late = Replayed(engine, late=True)
+    want, engine, late = replaying(batch, late=True)
     launch = late.launch
 
     def failing(batch: StaticBatch, ahead: int) -> StaticLaunch:
@@ -184,14 +178,9 @@ def test_a_failing_step_ends_the_step_launched_ahead_too(
 
 
 @pytest.mark.parametrize("length", [1, 40])
-def test_a_prompt_that_joined_ahead_outlives_the_failure_of_the_step_before(
-    length: int, decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, static_updates: Callable[[], None]
-) -> None:
+def test_a_prompt_that_joined_ahead_outlives_the_failure_of_the_step_before(length: int, replaying: Replaying) -> None:
     newcomer = GenerateParams(token_ids=list(range(70, 70 + length)), max_new_tokens=6, adapter=ADAPTERS[0])
-    (want,) = asyncio.run(all_at_once(start_engine(decoder, adapters), [newcomer]))
-    static_updates()
-    engine = start_engine(decoder, adapters, max_sequences=16)
-    late = Replayed(engine, late=True)
+    (want,), engine, late = replaying([newcomer], late=True)
     launch = late.launch
     fails: list[bool] = []
 
@@ -225,21 +214,15 @@ def test_a_prompt_that_joined_ahead_outlives_the_failure_of_the_step_before(
 
     result, others = asyncio.run(beside_others())
     assert fails == [True, False] and all(isinstance(other, EngineUnavailable) for other in others)
-    assert result.token_ids == want.token_ids
+    assert result.token_ids == want
 
 
 def test_a_choice_that_fails_ends_its_own_requests(
-    decoder: FrozenBase,
-    adapters: AdapterStore,
-    start_engine: Start,
-    static_updates: Callable[[], None],
+    replaying: Replaying,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     batch = BATCHES["adapters"][:4]
-    want = [one.token_ids for one in asyncio.run(all_at_once(start_engine(decoder, adapters), batch))]
-    static_updates()
-    engine = start_engine(decoder, adapters, max_sequences=16)
-    replayed = Replayed(engine)
+    want, engine, replayed = replaying(batch)
 
     def without_memory(*args: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
