@@ -58,8 +58,11 @@ class Supervisor:
                     self._wait_for(self._start(section))
 
     def correct(self, sections: Iterable[Section]) -> bool:
-        """Whether every check that can run here was made and found nothing wrong."""
-        checks = [section.name for section in sections if section.is_check]
+        """Whether every check of these that can run here was made, and none of these sections found an error."""
+        sections = list(sections)
+        names, checks = {each.name for each in sections}, [each.name for each in sections if each.is_check]
+        if any(row["section"] in names and row.get("correct") is False for row in self.record.rows()):
+            return False
         return not any(map(self._wrong, checks)) and any(self._status(name) == "done" for name in checks)
 
     def failed(self) -> bool:

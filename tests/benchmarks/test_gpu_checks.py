@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu import attention_check, engine_check, eviction_check, kernel_time, sampling_check
+from benchmarks.gpu.capacity import measure_residents
 from benchmarks.gpu.decode_check import check_decode
 from benchmarks.gpu.decode_model import adapt, adapters_of, random_llama
 from benchmarks.gpu.engine_step import EngineStep
@@ -23,7 +24,16 @@ from benchmarks.gpu.kernel_time import Point
 from benchmarks.gpu.operands import Member
 from benchmarks.gpu.record import Record
 from benchmarks.gpu.setting import SectionSkipped, Setting, find_operation
-from sera_kernels import ABSENT, NO_ADAPTER, AdapterTables, ShapeClasses, activation, grouped_sera, numba_path
+from sera_kernels import (
+    ABSENT,
+    NO_ADAPTER,
+    AdapterBatch,
+    AdapterTables,
+    ShapeClasses,
+    activation,
+    grouped_sera,
+    numba_path,
+)
 from sera_serve.engine.overflow import RowGauge
 from sera_serve.engine.tasks.pass_graphs import PassKey
 from sera_serve.layers import served_linear
@@ -304,6 +314,19 @@ def test_the_sampling_check_sees_a_token_that_top_p_forbids(setting: Setting) ->
     limited = replace(all_tokens, top_p=torch.full((4,), 0.01), truncate=True)
     free = sampling_check.choose_tokens(logits, all_tokens)
     assert not sampling_check._as_good(free, logits, limited).any()
+
+
+def test_a_resident_that_is_taken_for_its_neighbour_is_told_without_figures(setting: Setting) -> None:
+    (right,) = measure_residents(setting)
+    assert right["adapters"] > 100 and right["spread_us"] > 0
+
+    def of_the_neighbour(x: Tensor, outputs: list[Tensor], modules: Any, batch: Any, *rest: Any) -> None:
+        slots = batch.token_slots.clone()
+        slots[-1] -= 1
+        grouped_sera(x, outputs, modules, AdapterBatch(slots), *rest)
+
+    (wrong,) = measure_residents(replace(setting, operation=("other slots", of_the_neighbour)))
+    assert wrong["correct"] is False and "spread_us" not in wrong
 
 
 def test_points_that_time_did_not_allow_are_rows(setting: Setting) -> None:

@@ -118,6 +118,9 @@ def checks_nothing(setting):
 def times(setting):
     yield {"us": 1.0}
 
+def times_what_is_wrong(setting):
+    yield {"correct": False}
+
 module = types.ModuleType("benchmarks.gpu.fake")
 module.__dict__.update(globals())
 sys.modules["benchmarks.gpu.fake"] = module
@@ -132,6 +135,7 @@ sections = [
     *(check(name) for name in ("right", "wrong", "crashes", "raises", "imports", "skips", "checks_nothing")),
     check("hangs", limit=1.0),
     timing("on right", "right"),
+    timing("wrong figure", "right", function="times_what_is_wrong"),
     timing("on skipped", "skips", "right"),
     *(timing(f"on {name}", "right", name) for name in ("wrong", "crashes", "raises", "hangs", "checks_nothing")),
 ]
@@ -140,7 +144,9 @@ options = Options("first", sys.argv[1], sys.argv[1] + ".log", True, 1, None, tim
 supervisor = Supervisor(options)
 supervisor.run(sections)
 print(json.dumps({"sections": supervisor.sections, "rows": supervisor.record.rows(),
-                  "correct": supervisor.correct(sections), "all_right": supervisor.correct(sections[:1])}))
+                  "correct": supervisor.correct(sections), "all_right": supervisor.correct(sections[:1]),
+                  "wrong_figure": supervisor.correct(
+                      [each for each in sections if each.name in ("right", "wrong figure")])}))
 """
 
 
@@ -164,13 +170,14 @@ def test_a_section_that_ends_badly_takes_nothing_with_it_and_forbids_what_rests_
         "checks_nothing": "done",
         "hangs": "killed",
         "on right": "done",
+        "wrong figure": "done",
         "on skipped": "done",
         **{f"on {name}": "blocked" for name in ("wrong", "crashes", "raises", "hangs", "checks_nothing")},
     }
     reasons = {section["section"]: section["reason"] for section in result["sections"]}
     assert "the second case" in reasons["raises"] and "-11" in reasons["crashes"] and "its limit" in reasons["hangs"]
     assert "1 of 2 cases of 'wrong' are wrong: no speed is reported" in reasons["on wrong"]
-    assert (result["correct"], result["all_right"]) == (False, True)
+    assert (result["correct"], result["all_right"], result["wrong_figure"]) == (False, True, False)
     # What was found before the end is kept, and what was not to be timed has no figure.
     found = {row["section"] for row in result["rows"] if row.get("correct")}
     assert found == {"right", "wrong", "crashes", "raises", "hangs"}
