@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 
 from sera_serve.jobs import Job, JobNotFound, TrainingFileNotFound
+from sera_serve.jobs.records import Checkpoint, LastSteps, NewEvent, Reported
 from support.job_platform import Platform
 
 
@@ -71,16 +72,26 @@ def test_the_last_places_of_each_tenant_are_known(platform: Platform, monkeypatc
 
 def test_a_job_that_is_forgotten_meanwhile_is_a_place_too(platform: Platform, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sera_serve.jobs.records._MAX_KEPT", 1)
-    # An older one, which is not finished.
+    # An older one, which is not finished, and one of another tenant.
     oldest, forgotten, kept = (platform.create("acme") for _ in range(3))
-    for job in (forgotten, kept):
+    others = platform.create("beta")
+    ends = Reported(1, LastSteps(), [], [Checkpoint(1, 1.0, None, {})])
+    for job in (others, forgotten, kept):
+        platform.jobs.advance(job.id, "running", NewEvent("runs"))
+        platform.jobs.record_progress(job.id, ends)
         end(platform, job)
     page, has_more = platform.jobs.page("acme", None, 2)
     assert [job.id for job in page] == [kept.id, forgotten.id] and has_more
     platform.create("acme")
     with pytest.raises(JobNotFound):
         platform.jobs.get(forgotten.id, "acme")
-    page, has_more = platform.jobs.page("acme", forgotten.id, 2)
-    assert [job.id for job in page] == [oldest.id] and not has_more
+    with platform.database.reading() as connection:
+        for table in ("job_events", "job_checkpoints"):
+            left = connection.execute(f"SELECT DISTINCT job FROM {table}").fetchall()
+            assert {others.id, kept.id} <= {job for (job,) in left} and (forgotten.id,) not in left
+    assert platform.jobs.get(others.id, "beta").is_finished
+    for after in (forgotten.id, kept.id):
+        page, has_more = platform.jobs.page("acme", after, 2)
+        assert [job.id for job in page] == [oldest.id] and not has_more
     with pytest.raises(JobNotFound):
         platform.jobs.page("evil", forgotten.id, 2)

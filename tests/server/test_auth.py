@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from adapters_store import AdapterStore
+from sera_serve.access import AccessControl, AccessDatabase
 from sera_serve.engine import BASE_PRINCIPAL, Principal
+from sera_serve.server.auth import Caller, InvalidKey
 from support.answers import refused
 from support.stub_engine import StubEngine
 
@@ -41,3 +45,16 @@ def test_an_unreadable_reference_never_reaches_the_engine(
 ) -> None:
     refused(client.post(path, json={"adapter": adapter} | body), 422, "invalid_adapter_name")
     assert engine.principals == []
+
+
+def test_a_caller_takes_turns_as_its_tenant_and_without_a_key_as_its_address(tmp_path: Path) -> None:
+    access = AccessControl(AccessDatabase(AdapterStore(tmp_path).root))
+    guest = Caller(access, None, "10.0.0.9")
+    guest.check_still_accepted()
+    key = access.keys.create("acme", ["infer"]).key
+    access.refresh()
+    assert (Caller(access, key, "10.0.0.9").owner, guest.owner) == ("acme", "10.0.0.9")
+    # A long answer that began before the first key was made.
+    with pytest.raises(InvalidKey, match="this server needs a key now"):
+        guest.check_still_accepted()
+    access.database.close()

@@ -6,7 +6,7 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
 from sera_serve.jobs import Job, Jobs
+from sera_serve.loop_turns import LoopTurns
 from sera_serve.server import build_app, middleware
 from sera_serve.server.middleware import BodyLimit
 from sera_serve.server.native.uploads import TooManyUploads, UploadSlots
@@ -238,6 +239,24 @@ def test_streams_of_events_of_one_tenant_hold_up_no_other(served: Served, monkey
             opened.set()
         for call in asked:
             refused(call.result(), 404, "job_not_found")
+
+
+def test_work_on_the_event_loop_takes_turns_by_key_and_tenant(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tenants may come from one address, as behind a proxy."""
+    owners: list[Hashable] = []
+    turn = LoopTurns.short_turn
+
+    async def noted(turns: LoopTurns, owner: Hashable) -> None:
+        owners.append(owner)
+        await turn(turns, owner)
+
+    monkeypatch.setattr(LoopTurns, "short_turn", noted)
+    for tenant in TENANTS:
+        client = served.clients[tenant]
+        client.post("/v1/generate", json={"adapter": f"{tenant}/chat", "prompt": "a"}).raise_for_status()
+        # To begin the request, to parse its body, and to write its answer.
+        assert owners == [client.headers["Authorization"].encode(), tenant, tenant]
+        owners.clear()
 
 
 @pytest.fixture
