@@ -1,12 +1,20 @@
-"""The jobs in the database: what is recorded once, of its own job alone, and which jobs a supervisor is told of."""
+"""The records of jobs and files: what is recorded once, of its own job alone, and what a supervisor is told of."""
 
 from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
 from adapters_store import BaseInfo
-from sera_serve.jobs import Job, Jobs, TrainingFileNotFound
-from sera_serve.jobs.files import FileInUse
+from sera_serve.jobs import Job, JobProcesses, Jobs, TrainingFileNotFound
+from sera_serve.jobs import files as files_module
+from sera_serve.jobs.files import FileInUse, TooManyFiles
 from sera_serve.jobs.records import Checkpoint, LastSteps, NewEvent, Reported, base_id, new_job_id
 from support.job_platform import Platform
 
@@ -39,10 +47,13 @@ def test_what_a_process_reports_is_recorded_once_and_for_its_own_job_alone(platf
     assert [end.metrics["loss"] for end in held[job.id]] == [0.5, 0.5]
     assert [(end.step, end.model) for end in held[other.id]] == [(2, None), (1, None)]
     assert jobs.checkpoints(job.id, None, 2, 9) == ([held[job.id][1]], False)
+    assert jobs.checkpoints(job.id, None, None, 2) == (held[job.id], False)
     told = {made.id: jobs.events(made.id, made.tenant, None, 9)[0] for made in (job, other)}
     assert [event.message for event in told[job.id]][2:4] == ["again", "half"]
     assert [(event.seq, event.message) for event in told[other.id]][:2] == [(3, "half"), (2, "runs")]
     assert jobs.events(other.id, None, 2, 9, oldest_first=True) == ([told[other.id][0]], False)
+    assert jobs.events(other.id, None, None, 3) == (told[other.id], False)
+    assert jobs.page("acme", None, 1) == ([ended], False)
 
 
 def test_a_start_that_is_taken_back_leaves_the_job_as_it_was(platform: Platform) -> None:
@@ -91,3 +102,78 @@ def test_a_base_has_its_own_jobs_and_all_that_have_ended(platform: Platform) -> 
     assert jobs.with_directories() == {first.id, second.id, third.id, made.id}
     others.mark_cleared(second.id)
     assert jobs.with_directories() == {first.id, third.id, made.id}
+
+
+def test_a_file_that_is_being_kept_is_not_swept_and_is_counted_with_others(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files_module, "MAX_FILES", 2)
+    platform.create("acme")
+    copy, flush = files_module._copy, os.fsync
+    synced: list[tuple[str, int]] = []
+
+    def meanwhile(source: BinaryIO, target: BinaryIO) -> None:
+        monkeypatch.setattr(files_module, "_copy", copy)
+        platform.create("acme")
+        copy(source, target)
+        assert platform.files.sweep() == 0
+
+    def note(descriptor: int) -> None:
+        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink().name, os.fstat(descriptor).st_size))
+        flush(descriptor)
+
+    monkeypatch.setattr(files_module, "_copy", meanwhile)
+    with pytest.raises(TooManyFiles):
+        platform.create("acme")
+    kept = sorted(path.name for path in platform.paths.files.iterdir())
+    assert kept == sorted(file.id for file in platform.files.page("acme", None, 9)[0])
+    # The bytes before their name, both before the record.
+    monkeypatch.setattr(os, "fsync", note)
+    made = platform.create("beta")
+    file = platform.files.get(made.training_file, "beta")
+    assert synced[0] == (f"{file.id}.part", file.nbytes) and synced[1][0] == "files"
+    assert platform.files.page("beta", None, 1) == ([file], False)
+    # It was recorded between the look for its record and its lock.
+    looks = iter([False, True] * 3)
+    monkeypatch.setattr(platform.files, "_is_recorded", lambda file_id: next(looks))
+    assert platform.files.sweep() == 0 and platform.files.path(file).is_file()
+
+
+STEPS = [
+    {"type": "metrics", "step": 1, "total_steps": 3, "train_loss": 2.5},
+    {"type": "metrics", "step": 1, "total_steps": 3, "eval_loss": 1.0},
+    {"type": "metrics", "step": 2, "total_steps": 3, "train_loss": 1.5},
+    {"type": "metrics", "step": 2, "total_steps": 3, "eval_loss": 0.5},
+    {"type": "metrics", "step": 3, "total_steps": 3, "train_loss": 1.0, "seconds_left": 60},
+]
+
+
+def test_steps_that_a_job_repeats_after_its_checkpoint_are_told_once(platform: Platform) -> None:
+    job = running(platform, "acme")
+    progress = platform.paths.run(job.id) / "progress.jsonl"
+    progress.parent.mkdir()
+    # A server that is killed, with what it knew; then the next one. The process goes on from the first step.
+    for steps in (STEPS[:3], [*STEPS[1:], {"type": "message", "message": "half"}]):
+        with progress.open("a") as file:
+            file.writelines(json.dumps(step) + "\n" for step in steps)
+        platform.new_supervisor()._record_progress(platform.jobs.get(job.id, None))
+    assert 50 < (platform.jobs.get(job.id, None).estimated_finish or 0) - time.time() < 70
+    events, _ = platform.jobs.events(job.id, None, None, 20, oldest_first=True)
+    texts = ("1/3: train loss=2.5000", "1/3: eval loss=1.0000", "2/3: train loss=1.5000", "2/3: eval loss=0.5000")
+    assert [event.message for event in events][2:6] == [f"Step {text}" for text in texts]
+    assert [event.message for event in events][6:] == ["Step 3/3: train loss=1.0000", "half"]
+
+
+def test_a_process_has_its_rows_and_the_base_of_its_server(
+    platform: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = replace(platform.create("acme"), validation_file=platform.create("acme").training_file)
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    for base, named in (("model", str(tmp_path / "model")), ("hub/model", "hub/model")):
+        run = JobProcesses(base, platform.store.root, "cpu", "auto", 1, 0.1, 1 << 20).prepare(job, platform.paths)
+        settings = json.loads((run / "orders.json").read_text())["settings"]
+        assert (settings["base"], settings["eval"]) == (named, "validation_file.jsonl")
+    for name, file_id in ((settings["train"], job.training_file), (settings["eval"], job.validation_file)):
+        assert (run / name).resolve() == platform.paths.file(str(file_id)).resolve()
+    assert run.stat().st_mode & 0o077 == 0

@@ -258,6 +258,8 @@ def test_a_process_that_the_system_ends_is_started_again_once(platform: Platform
     assert error is not None and error["code"] == "process_killed" and "signal 9" in error["message"]
     wait_until(lambda: not platform.paths.run(job.id).exists())
     assert len(STARTED) == 2
+    told = [event.message for event in platform.jobs.events(job.id, None, None, 10)[0]]
+    assert sum("was ended by the system (signal 9)" in message for message in told) == 1
 
 
 def test_a_job_that_runs_for_too_long_fails_and_the_next_one_begins(platform: Platform) -> None:

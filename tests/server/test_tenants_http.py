@@ -239,6 +239,7 @@ def test_a_shared_adapter_is_used_and_not_changed(people: Clients) -> None:
     ):
         response = rival.request(method, f"/v1/adapters/acme/shared{suffix}", json=body)
         refused(response, 403, "not_your_tenant")
+    refused(rival.delete("/v1/models/acme/shared"), 403, "not_your_tenant")
     unloaded = rival.post("/v1/unload_lora_adapter", json={"lora_name": "acme/shared"})
     assert refused(unloaded, 403, "not_your_tenant")["param"] == "lora_name"
 

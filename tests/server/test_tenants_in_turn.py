@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,18 +21,22 @@ from adapters_store import AdapterBundle, AdapterStore
 from sera_serve import SeraConfig
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
-from sera_serve.jobs import Job, Jobs
+from sera_serve.errors import Overloaded
+from sera_serve.jobs import Job, Jobs, TrainingFiles
+from sera_serve.jobs.files import TrainingFile
 from sera_serve.loop_turns import LoopTurns
 from sera_serve.server import build_app, middleware
 from sera_serve.server.middleware import BodyLimit
 from sera_serve.server.native.uploads import TooManyUploads, UploadSlots
 from sera_serve.server.openai.texts import Texts
+from sera_serve.server.training import StreamSlots
 from sera_serve.threads import pause
 from support.answers import refused
 from support.factories import random_adapter
 from support.live_server import live_server, wait_until
 from support.stub_engine import StubEngine
 from support.tenants import clients, make_key
+from support.training import SORTED, jsonl
 
 TEMPLATE = "{{ messages[0].content }}"
 HELD_TEXT, HELD_TOKEN = "hold", 7
@@ -216,6 +220,43 @@ def test_the_check_of_training_files_rests_for_half_of_its_time(served: Served) 
 
     asyncio.run(served.app.state.training.checking.run(work))
     assert owed[0] < 0.1 <= owed[2] + 0.01
+
+
+def test_training_files_are_checked_in_turn_by_tenant(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, checked = threading.Event(), list[str]()
+    add = TrainingFiles.add
+
+    def held(files: TrainingFiles, tenant: str, *values: Any) -> TrainingFile:
+        checked.append(tenant)
+        assert opened.wait(20)
+        return add(files, tenant, *values)
+
+    monkeypatch.setattr(TrainingFiles, "add", held)
+    form: dict[str, Any] = {"data": {"purpose": "fine-tune"}, "files": {"file": ("rows.jsonl", jsonl(SORTED))}}
+    checking = served.app.state.training.checking
+    with ThreadPoolExecutor(3) as threads:
+        asked: list[Future[httpx.Response]] = []
+        for tenant in ("greedy", "greedy", "modest"):
+            asked.append(threads.submit(served.clients[tenant].post, "/v1/files", **form))
+            wait_until(lambda: checking.calls() == len(asked))
+        opened.set()
+        assert [call.result().status_code for call in asked] == [200] * 3
+    assert checked == ["greedy", "modest", "greedy"]
+
+
+def test_streams_of_events_have_a_limit_of_a_tenant_and_one_together() -> None:
+    slots = StreamSlots()
+    with ExitStack() as held:
+        for tenant in ("a", "b", "c", None):
+            for _ in range(16):
+                held.enter_context(slots.take(tenant))
+            if tenant == "a":
+                with pytest.raises(Overloaded), slots.take("a"):
+                    pass
+        with pytest.raises(Overloaded), slots.take("d"):
+            pass
+    with slots.take("a"):
+        pass
 
 
 def test_streams_of_events_of_one_tenant_hold_up_no_other(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from adapters_store import AdapterBundle, AdapterStore
 from sera_serve.access import AccessDatabase, Shares
 from sera_serve.base import FrozenBase
 from sera_serve.config import ServeSettings
-from sera_serve.server import build_app
+from sera_serve.server import build_app, training
 from sera_serve.server.openai import job_events
 from support.answers import refused
 from support.live_server import live_server, wait_until
@@ -203,6 +203,18 @@ def test_events_that_are_there_come_at_once(
     *events, done, _ = answer.text.split("\n\n")
     assert len(events) == len(users["acme"].get(f"{JOBS}/{job}/events").json()["data"]) > 1
     assert "Created" in events[0] and "cancelled" in events[-1] and done == "data: [DONE]"
+
+
+def test_streams_of_events_leave_room_for_those_of_others(
+    users: dict[str, httpx.Client], own: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_TENANT_STREAMS", 1)
+    path = f"{JOBS}/{own[1]}/events?stream=true"
+    with users["acme"].stream("GET", path) as held:
+        next(held.iter_lines())
+        refused(users["acme"].get(path), 503, "overloaded")
+        # Of another tenant, which has no such job.
+        refused(users["evil"].get(path), 404, "job_not_found")
 
 
 @pytest.mark.parametrize("becomes", ["revoked", "unknown"])
