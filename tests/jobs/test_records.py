@@ -16,6 +16,7 @@ from sera_serve.jobs import Job, JobProcesses, Jobs, TrainingFileNotFound
 from sera_serve.jobs import files as files_module
 from sera_serve.jobs.files import FileInUse, TooManyFiles
 from sera_serve.jobs.records import Checkpoint, LastSteps, NewEvent, Reported, base_id, new_job_id
+from sera_serve.jobs.spec import _MOST_POINTS, auto_batch_size, auto_epochs
 from support.job_platform import Platform
 
 
@@ -104,6 +105,33 @@ def test_a_base_has_its_own_jobs_and_all_that_have_ended(platform: Platform) -> 
     assert jobs.with_directories() == {first.id, third.id, made.id}
 
 
+def test_jobs_are_counted_by_status(platform: Platform) -> None:
+    first, second = platform.create("a"), platform.create("b")
+    platform.jobs.advance(first.id, "queued", NewEvent("waits"))
+    platform.jobs.cancel(second.id, "b")
+    counts = platform.jobs.counts()
+    assert {status: count for status, count in counts.items() if count} == {"queued": 1, "cancelled": 1}
+    assert "succeeded" in counts
+
+
+def test_jobs_are_found_by_their_metadata(platform: Platform) -> None:
+    odd = 'a"]\\ \u00e4'
+    first = platform.create("acme", {"team": "blue", odd: odd})
+    second, bare = platform.create("acme", {"team": "blue"}), platform.create("acme")
+
+    def found(wanted: dict[str, str] | None, limit: int = 10) -> list[str]:
+        return [job.id for job in platform.jobs.page("acme", None, limit, wanted)[0]]
+
+    assert found(None) == [bare.id, second.id, first.id]
+    assert found({"team": "blue"}) == [second.id, first.id]
+    assert found({"team": "blue", odd: odd}) == [first.id]
+    assert found({"team": "Blue"}) == found({"blue": "team"}) == []
+    assert found({}) == [bare.id]
+    page, has_more = platform.jobs.page("acme", None, 1, {"team": "blue"})
+    assert [job.id for job in page] == [second.id] and has_more
+    assert platform.jobs.page("evil", None, 10, {"team": "blue"}) == ([], False)
+
+
 def test_a_file_that_is_being_kept_is_not_swept_and_is_counted_with_others(
     platform: Platform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -177,3 +205,13 @@ def test_a_process_has_its_rows_and_the_base_of_its_server(
     for name, file_id in ((settings["train"], job.training_file), (settings["eval"], job.validation_file)):
         assert (run / name).resolve() == platform.paths.file(str(file_id)).resolve()
     assert run.stat().st_mode & 0o077 == 0
+    assert settings["log_steps"] == 1
+
+
+def test_steps_are_counted_in_whole_batches_and_auto_stands_for_less_of_more_rows(platform: Platform) -> None:
+    spec = replace(platform.create("acme").spec, epochs=3, rows=4001, batch_size=4)
+    assert spec.steps == 3003
+    settings = spec.train_settings("base", platform.store.root, device="cpu", dtype="auto")
+    assert 3003 / settings["log_steps"] <= _MOST_POINTS < 3003 / (settings["log_steps"] - 1)
+    assert [auto_epochs(rows) for rows in (0, 1, 500, 1000, 9000)] == [10, 10, 6, 3, 3]
+    assert [auto_batch_size(rows) for rows in (1, 128, 320, 512, 9000)] == [4, 4, 10, 16, 16]

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import shutil
+import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,10 @@ from typing import Any
 import pytest
 
 from sera_serve.access import AccessDatabaseError
-from sera_serve.jobs import Job, JobEnded, JobNotFound, JobProcesses, Jobs
+from sera_serve.jobs import Job, JobEnded, JobNotFound, JobPaths, JobProcesses, Jobs
 from sera_serve.jobs import supervisor as supervisor_module
 from sera_serve.jobs.files import FileInUse, TooManyFiles, TrainingFileNotFound, TrainingFileNotStored
-from sera_serve.jobs.process import one_gpu
+from sera_serve.jobs.process import JobProcess, one_gpu
 from sera_serve.jobs.records import NewEvent, new_job_id
 from sera_serve.jobs.rows import sha256_of
 from support.job_platform import CHILDREN, STARTED, SUCCESS, Platform
@@ -90,15 +91,6 @@ def test_a_server_without_the_trainers_packages_leaves_jobs_to_others(
     platform.supervisor = platform.new_supervisor()
     platform.supervisor.start()
     wait_until(lambda: [job.id] == STARTED)
-
-
-def test_jobs_are_counted_by_status(platform: Platform) -> None:
-    first, second = platform.create("a"), platform.create("b")
-    platform.jobs.advance(first.id, "queued", NewEvent("waits"))
-    platform.jobs.cancel(second.id, "b")
-    counts = platform.jobs.counts()
-    assert {status: count for status, count in counts.items() if count} == {"queued": 1, "cancelled": 1}
-    assert "succeeded" in counts
 
 
 def test_a_job_runs_and_a_cancelled_one_leaves_nothing(platform: Platform) -> None:
@@ -227,24 +219,6 @@ def test_results_count_as_bytes_and_not_as_files(platform: Platform, monkeypatch
     platform.files.add_results(other.id, "beta", b"x" * (1 << 20), 1)
     with pytest.raises(TooManyFiles):
         platform.create("beta")
-
-
-def test_jobs_are_found_by_their_metadata(platform: Platform) -> None:
-    odd = 'a"]\\ \u00e4'
-    first = platform.create("acme", {"team": "blue", odd: odd})
-    second, bare = platform.create("acme", {"team": "blue"}), platform.create("acme")
-
-    def found(wanted: dict[str, str] | None, limit: int = 10) -> list[str]:
-        return [job.id for job in platform.jobs.page("acme", None, limit, wanted)[0]]
-
-    assert found(None) == [bare.id, second.id, first.id]
-    assert found({"team": "blue"}) == [second.id, first.id]
-    assert found({"team": "blue", odd: odd}) == [first.id]
-    assert found({"team": "Blue"}) == found({"blue": "team"}) == []
-    assert found({}) == [bare.id]
-    page, has_more = platform.jobs.page("acme", None, 1, {"team": "blue"})
-    assert [job.id for job in page] == [second.id] and has_more
-    assert platform.jobs.page("evil", None, 10, {"team": "blue"}) == ([], False)
 
 
 def test_a_process_that_the_system_ends_is_started_again_once(platform: Platform) -> None:
@@ -437,6 +411,25 @@ def test_a_fault_that_lasts_is_logged_once(
     platform.supervisor.start()
     wait_until(lambda: len(tried) > 5)
     assert caplog.text.count("training jobs stand still") == 1
+
+
+def test_a_process_that_ends_without_a_result_fails_its_job(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def start(processes: object, job: Job, paths: JobPaths) -> JobProcess:
+        run = paths.run(job.id)
+        run.mkdir()
+        (run / "log").write_text("Traceback of /srv")
+        command = ["sh", "-c", "exit 3"]
+        return JobProcess(job, run, subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True), None)
+
+    monkeypatch.setattr(type(platform.processes), "start", start)
+    job = platform.create("acme")
+    platform.supervisor.start()
+    wait_until(lambda: platform.status(job) == "failed")
+    error = platform.jobs.get(job.id, None).error
+    assert error is not None and error["code"] == "training_process_failed" and "status 3" in error["message"]
+    assert "Traceback of /srv" in caplog.text and "Traceback" not in error["message"]
 
 
 def test_a_process_that_cannot_be_started_tells_no_path(platform: Platform) -> None:

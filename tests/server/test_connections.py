@@ -16,7 +16,7 @@ from sera_serve.commands.serve import bound_sockets, http_config
 from sera_serve.config import ServeSettings
 from sera_serve.errors import InvalidConfiguration
 from sera_serve.server import build_app
-from sera_serve.server.connections import client_of, within_descriptors
+from sera_serve.server.connections import ConnectionCounts, client_of, within_descriptors
 from sera_serve.server.graceful import GracefulServer
 from sera_serve.server.metrics_address import parse_address
 from support.live_server import live_server, wait_until
@@ -98,6 +98,19 @@ def test_an_ipv6_client_is_its_network(address: str, client: str) -> None:
     assert client_of(address) == client
 
 
+def test_a_connection_that_ends_leaves_room_for_one() -> None:
+    counts = ConnectionCounts(3, 2)
+    for address in ("10.0.0.1", "10.0.0.1", "10.0.0.2"):
+        assert counts.add(address) is None
+    for _ in range(2):
+        assert "the server has 3 open connections" in str(counts.add("10.0.0.3"))
+        counts.remove("10.0.0.1")
+        assert counts.add("10.0.0.1") is None
+    counts.remove("10.0.0.2")
+    assert "10.0.0.1 has 2 open connections" in str(counts.add("10.0.0.1"))
+    assert counts.add("10.0.0.3") is None and counts.add("10.0.0.4") is not None
+
+
 @pytest.mark.parametrize(
     ("limits", "connections", "raised"),
     [
@@ -105,6 +118,7 @@ def test_an_ipv6_client_is_its_network(address: str, client: str) -> None:
         ((1024, 1100), 844, (1100, 1100)),
         ((1024, resource.RLIM_INFINITY), 1000, (1256, resource.RLIM_INFINITY)),
         ((4096, 4096), 1000, None),
+        ((resource.RLIM_INFINITY, resource.RLIM_INFINITY), 1000, None),
         ((64, 64), 1, None),
     ],
 )

@@ -106,6 +106,7 @@ def test_a_line_says_who_asked_for_what_and_never_the_prompt(start: Start, lines
         "first_token_s": 0.5,
     }
     assert (second["adapter"], second["inputs"], second["tenant"]) == ("demo/sorter", 2, "demo")
+    assert second["prompt_tokens"] == len(PROMPT) + 1
     assert (third["status"], third["route"]) == (404, "/v1/adapters/{tenant}/{name}")
     assert "tenant" not in third and third["code"] == "adapter_not_found"
     assert fourth["code"] == "not_found"
