@@ -440,8 +440,10 @@ def test_a_large_image_passes_and_a_long_body_of_anything_else_does_not(vision: 
         f"{vision.url}/v1/classify", content=large, headers={"content-type": "application/json"}, timeout=30
     )
     assert answer.status_code == 200, answer.text
-    for filler in ('"a",', '"\\u0041\\u0042",', '"é",'):
-        body = f'{{"adapter":"acme/a0","inputs":[{filler * (1_400_000 // len(filler.encode()))}"a"]}}'
+    # Many strings, many escapes, and other characters than ASCII's.
+    escapes = "\\u0041" * 230_000
+    for inputs in ('"a",' * 350_000, f'"{escapes}",', f'"{"é" * 700_000}",'):
+        body = f'{{"adapter":"acme/a0","inputs":[{inputs}"a"]}}'
         response = httpx.post(
             f"{vision.url}/v1/classify", content=body.encode(), headers={"content-type": "application/json"}
         )

@@ -211,7 +211,8 @@ def test_streams_of_events_leave_room_for_those_of_others(
     monkeypatch.setattr(training, "_TENANT_STREAMS", 1)
     path = f"{JOBS}/{own[1]}/events?stream=true"
     with users["acme"].stream("GET", path) as held:
-        next(held.iter_lines())
+        lines = held.iter_lines()
+        assert "created" in next(lines)
         refused(users["acme"].get(path), 503, "overloaded")
         # Of another tenant, which has no such job.
         refused(users["evil"].get(path), 404, "job_not_found")
