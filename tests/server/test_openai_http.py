@@ -393,7 +393,8 @@ CALL = '{"name": "look", "arguments": {"at": "世界"}}'
 def test_calls_of_tools_whole_and_in_a_stream(
     official: openai.OpenAI, base: FrozenBase, monkeypatch: pytest.MonkeyPatch, template: str
 ) -> None:
-    pieces = [*CALL] if template == "json" else ["See:\n<tool_", f"call>{CALL[:20]}", CALL[20:], "</tool_call>", "\n"]
+    begin = ["See:\n<tool_", f"call>{CALL[:20]}", CALL[20:], "</tool_call>", f"<tool_call>{CALL}</tool_call>"]
+    pieces, count = ([*CALL], 1) if template == "json" else ([*begin, "\n"], 2)
     monkeypatch.setattr("support.stub_engine.TEXTS", pieces)
     if template == "hermes":
         monkeypatch.setattr(base.tokenizer, "chat_template", TEMPLATE + "{# <tool_call> #}")
@@ -401,14 +402,14 @@ def test_calls_of_tools_whole_and_in_a_stream(
     choice = official.chat.completions.create(**fields).choices[0]
     content = None if template == "json" else "See:"
     assert (choice.finish_reason, choice.message.content) == ("tool_calls", content)
-    (call,) = choice.message.tool_calls or ()
-    assert (call.function.name, json.loads(call.function.arguments)) == ("look", {"at": "世界"})
+    calls = [call.function for call in choice.message.tool_calls or ()]
+    assert [(call.name, json.loads(call.arguments)) for call in calls] == [("look", {"at": "世界"})] * count
     parts = [piece.choices[0] for piece in official.chat.completions.create(**fields, stream=True)]
     assert parts[-1].finish_reason == "tool_calls"
     assert "".join(part.delta.content or "" for part in parts) == (content or "")
-    (streamed,) = [call for part in parts for call in part.delta.tool_calls or ()]
-    assert (streamed.index, streamed.function.name) == (0, "look")
-    assert json.loads(streamed.function.arguments) == {"at": "世界"}
+    streamed = [call for part in parts for call in part.delta.tool_calls or ()]
+    assert [(call.index, call.function.name) for call in streamed] == [(place, "look") for place in range(count)]
+    assert [json.loads(call.function.arguments) for call in streamed] == [{"at": "世界"}] * count
 
 
 @pytest.mark.parametrize("value", [r'"\ud800"', "NaN", "1e999"])
@@ -558,6 +559,10 @@ def test_log_probabilities_name_parts_of_characters_by_their_bytes(
     content = chat(client, logprobs=True, top_logprobs=2).json()["choices"][0]["logprobs"]["content"]
     assert [row["bytes"] for row in content] == [[0xC3], [0xA9]]
     assert [top["logprob"] for top in content[0]["top_logprobs"]] == [-0.5, -9999.0]
+    choices = [one["choices"][0] for one in events(chat(client, logprobs=True, stream=True).text)[:-1]]
+    assert "".join(choice["delta"].get("content", "") for choice in choices) == "é"
+    rows = [row for choice in choices if choice["logprobs"] for row in choice["logprobs"]["content"]]
+    assert [row["bytes"] for row in rows] == [[0xC3], [0xA9]]
 
 
 STRANGE: list[Any] = [True, -1, 0, 2**70, 1.5, "", "x", "\0☠", [], [[]], ["x"], {}, {"type": "text"}, {"x": {"y": [0]}}]

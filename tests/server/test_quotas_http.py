@@ -282,6 +282,12 @@ def test_wrong_limits_are_refused_by_name(
     assert (answer.status_code, answer.json()["error"]["param"]) == (422, param)
 
 
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE"])
+def test_a_tenant_that_there_cannot_be_has_no_quota(open_client: httpx.Client, method: str) -> None:
+    answer = open_client.request(method, "/v1/quotas/_x", json={} if method == "PUT" else None)
+    assert refused(answer, 422, "invalid_configuration")["param"] == "tenant"
+
+
 def test_with_keys_a_request_is_charged_to_its_key_before_its_body_is_read(
     base: FrozenBase, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -311,7 +317,12 @@ def test_with_keys_a_request_is_charged_to_its_key_before_its_body_is_read(
         refused(client.get("/v1/quotas", headers=acme), 403, "insufficient_scope")
         refused(client.put("/v1/quotas/acme", json={}, headers=acme), 403, "insufficient_scope")
         assert client.put("/v1/quotas/acme", json={"bytes": 5}, headers=admin).json()["limits"]["bytes"] == 5
-        assert client.get("/v1/quotas", headers=admin).json()["quotas"][0]["tenant"] == "acme"
+        assert client.put("/v1/quotas/*", json={"adapters": 9}, headers=admin).json()["usage"]["adapters"] == 0
+        listed = client.get("/v1/quotas", headers=admin).json()["quotas"]
+        assert {quota["tenant"] for quota in listed} == {"*", "acme"}
+        for _ in range(3):
+            client.delete("/v1/quotas/*", headers=admin).raise_for_status()
     audit = (store.root / "access/audit.jsonl").read_text()
-    assert '"action": "quota.set"' in audit
+    # What is cleared already is no change.
+    assert (audit.count('"action": "quota.set"'), audit.count('"action": "quota.clear"')) == (2, 1)
     assert keys.all("ops")[0].id in audit
