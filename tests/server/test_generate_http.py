@@ -109,6 +109,7 @@ def test_defaults_are_greedy_and_the_base_model(client: httpx.Client, engine: St
         ({"prompt": "a", "top_p": 0}, "invalid_value", "top_p"),
         ({"prompt": "a", "top_p": 1.5}, "invalid_value", "top_p"),
         ({"prompt": "a", "top_k": -1}, "invalid_value", "top_k"),
+        ({"prompt": "a", "top_k": 2**31}, "invalid_value", "top_k"),
         ({"prompt": "a", "seed": -1}, "invalid_value", "seed"),
         ({"prompt": "a", "seed": 2**31}, "invalid_value", "seed"),
         ({"prompt": "a", "stop": "x"}, "invalid_value", "stop"),

@@ -110,9 +110,9 @@ def test_a_job_names_only_what_its_tenant_may_use(
     secret = refused(create(evil, mine, "acme/own"), 404, "model_not_found")["message"]
     assert secret.replace("own", "non") == refused(create(evil, mine, "acme/non"), 404, "model_not_found")["message"]
     refused(create(evil, mine, base.name, adapter={"tenant": "acme"}), 403, "not_your_tenant")
-    job = create(evil, mine, "acme/shared").json()
+    job = create(evil, mine, "acme/shared", suffix="two").json()
     # What comes of a shared adapter is one's own.
-    assert job["adapter"]["init_from"] == "acme/shared@v1" and job["adapter"]["name"].startswith("evil/shared-")
+    assert job["adapter"]["init_from"] == "acme/shared@v1" and job["adapter"]["name"].startswith("evil/shared-two-")
     assert refused(create(evil, mine, base.name), 429, "quota_exceeded")["param"] == "training_jobs"
     assert users["evil"].get("/v1/quotas/evil").json()["usage"]["training_jobs"] == 1
     assert evil.post(f"{JOBS}/{job['id']}/cancel").json()["status"] == "cancelled"
@@ -203,6 +203,19 @@ def test_events_that_are_there_come_at_once(
     *events, done, _ = answer.text.split("\n\n")
     assert len(events) == len(users["acme"].get(f"{JOBS}/{job}/events").json()["data"]) > 1
     assert "Created" in events[0] and "cancelled" in events[-1] and done == "data: [DONE]"
+
+
+def test_events_begin_after_any_of_them(users: dict[str, httpx.Client], base: FrozenBase) -> None:
+    acme = users["acme"]
+    path = f"{JOBS}/{create(acme, send(acme, STORIES), base.name).json()['id']}/events"
+    acme.post(f"{path.removesuffix('/events')}/cancel")
+    first, second, *_ = ids = [event["id"] for event in acme.get(path).json()["data"]]
+    page = acme.get(path, params={"after": first, "limit": 1}).json()
+    assert [event["id"] for event in page["data"]] == [second] and page["has_more"] is (len(ids) > 2)
+    assert f'"{first}"' in acme.get(path, params={"after": second, "stream": True}).text
+    assert acme.get(path, params={"after": first, "stream": True}).text == "data: [DONE]\n\n"
+    for after in ("1", "ftevent-", "ftevent-\u0661", "ftevent-x", f"{first}{'0' * 9}", first.replace("event", "ckpt")):
+        assert refused(acme.get(path, params={"after": after}), 400, "invalid_request")["param"] == "after"
 
 
 def test_streams_of_events_leave_room_for_those_of_others(
