@@ -143,6 +143,7 @@ def test_the_list_is_filtered_by_metadata(users: dict[str, httpx.Client], base: 
         ({"metadata[" + "k" * 65 + "]": "b"}, "metadata"),
         ({"meta": "b"}, "meta"),
         ({"limit": "0", "metadata[a]": "b"}, "limit"),
+        ({"limit": "101"}, "limit"),
     ):
         answer = mine.get(JOBS, params=params)
         assert refused(answer, 400, answer.json()["error"]["code"])["param"] == param
