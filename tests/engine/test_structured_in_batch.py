@@ -193,6 +193,29 @@ def test_a_mask_that_has_to_wait_changes_no_token(
     assert postponed
 
 
+def test_a_system_that_refuses_further_threads_has_one_for_masks(
+    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name == "masks":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async def scenario() -> None:
+        engine = start_engine(decoder, adapters)
+        monkeypatch.setattr(threading.Thread, "start", refused)
+        # As many as use every thread that there could be.
+        asked = [collect(engine, prompt="x", constraint=FORMS[2], max_new_tokens=20) for _ in range(8)]
+        async with asyncio.timeout(20):
+            for result in await asyncio.gather(*asked):
+                assert result.completion_tokens
+        await settled(engine)
+
+    asyncio.run(scenario())
+
+
 def test_a_text_that_nobody_has_read_yet_holds_no_constraint(
     decoder: FrozenBase, adapters: AdapterStore, start_engine: Start
 ) -> None:

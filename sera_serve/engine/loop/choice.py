@@ -51,6 +51,10 @@ class TokenChooser:
         self._counts = CountTable(len(tables.seed))
         self._masks = MaskThreads(vocabulary)
 
+    def start(self) -> None:
+        """Start the first thread of masks; raises Overloaded where there can be none."""
+        self._masks.start()
+
     def begin(self, requests: Iterable[GenerationRequest]) -> None:
         """Begin a step, and the masks of the requests that get a token by it."""
         # A preempted request has left without a word.

@@ -104,6 +104,14 @@ class MaskThreads:
         self._step_began = 0.0
         self._all_wait = False
 
+    def start(self) -> None:
+        """Start the first thread: masks come from now on, however many threads the system refuses later.
+
+        Raises:
+            Overloaded: No thread can be started.
+        """
+        self._executor.submit(lambda: None)
+
     def begin(self, requests: Iterable[GenerationRequest]) -> None:
         """Begin a step that gives these requests a token, and the masks of those that have a constraint."""
         self._step_began, self._all_wait = time.monotonic(), True

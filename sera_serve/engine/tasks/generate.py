@@ -121,6 +121,11 @@ class GenerationRunner(TaskRunner[GenerationRequest]):
                 else:
                     self.runner.static = graphs
 
+    def start(self) -> None:
+        """Start the threads."""
+        self.runner.chooser.start()
+        super().start()
+
     def load(self) -> RunnerLoad:
         """What there is to do, and the pages in use."""
         pages, scheduler = self.planner.pages, self.scheduler
