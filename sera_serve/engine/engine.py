@@ -96,6 +96,7 @@ class ServingEngine(RowCalls):
         )
         self._admission = AdmissionController(settings.max_queue, settings.max_queue_per_tenant)
         self._logprob_memory = TenantMemory()
+        self._answer_memory = TenantMemory()
         self._unsound: str | None = None
         self._mailbox: Mailbox | None = None
         warm_up(base.device, base.dtype)

@@ -35,7 +35,7 @@ from sera_serve.engine.rows import EmbeddingInputs, Inputs, RowMaker, TextsOrTok
 from sera_serve.engine.stream import EventReader, Mailbox, deadline_exceeded
 from sera_serve.engine.tasks import TaskRunner
 from sera_serve.engine.tasks.classify import ClassifyResult, EmbedResult, RowGroup, RowTimes, split_call
-from sera_serve.engine.tenant_memory import Reservation
+from sera_serve.engine.tenant_memory import Reservation, TenantMemory
 from sera_serve.errors import InvalidRequest
 from sera_serve.random_bytes import random_hex
 from sera_serve.threads import BoundedExecutor
@@ -45,6 +45,8 @@ _FEW = 16
 # Parts of one tenant's calls that wait. The garbage collector visits some 12 objects of each: 65,536 parts stopped all
 # threads for 0.17 s.
 _MAX_PARTS = 1 << 14
+# Results that are not counted: to reserve is to look at all reservations.
+_SMALL_ANSWER = 1 << 16
 R = TypeVar("R")
 Charge = Callable[[int], None]
 """Is told how many tokens a call has had computed, once."""
@@ -78,6 +80,7 @@ class RowCalls(ABC):
     _images: ImageRowMaker
     _row_maker: RowMaker
     _admission: AdmissionController
+    _answer_memory: TenantMemory
     _resolving: BoundedExecutor
     _tokenizing: BoundedExecutor
 
@@ -285,10 +288,12 @@ class RowCalls(ABC):
         limits = self._time_limits(received_at, timeout_s)
         reader = cast(EventReader, call.reader)
         parts: list[ClassificationRequest] = []
-        with self._admitted(call), self._images.holding(call.tenant) as held:
+        with self._admitted(call), self._images.holding(call.tenant) as held, ExitStack() as own:
+            until_written = own if counted is None else counted
             try:
                 async with self._time_to_start(limits):
                     groups = await make_groups(held)
+                    self._reserve_answer(call, groups, until_written)
                     async with self._long_work(call.tenant, sum(len(group.rows) for group in groups)):
                         # Before the parts are made: what a refusal refers to stays until a collection.
                         self._check_parts(call, runner.scheduler.waiting(call.tenant), len(groups))
@@ -306,13 +311,33 @@ class RowCalls(ABC):
                 if charge is not None:
                     # Of a part that is given up while it runs, all rows: some of them are computed.
                     charge(sum(part.prompt_tokens for part in parts if part.started_at is not None))
-            release = partial(self._admission.release, call, served=True)
-            release() if counted is None else counted.callback(release)
+            until_written.callback(self._admission.release, call, served=True)
         began, load_s = min(
             ((part.load_began, part.load_s) for part in parts if part.load_began is not None), default=(None, 0.0)
         )
         times = RowTimes(waited_s=min(part.waited_s for part in parts), load_began=began, load_s=load_s)
         return results, groups, times
+
+    def _reserve_answer(
+        self, call: ClassificationRequest, groups: Sequence[RowGroup], until_written: ExitStack
+    ) -> None:
+        """Count what the answer of a call takes until the stack is closed.
+
+        Raises:
+            TenantOverloaded: The answers to the tenant's calls would take too much memory.
+        """
+        nbytes = self._row_maker.answer_bytes(groups, call.embedding is not None)
+        if nbytes < _SMALL_ANSWER:
+            return
+        held = Reservation(call.tenant)
+        # One call alone is never refused for it.
+        if not self._answer_memory.grow(held, nbytes, alone=True):
+            raise self._admission.refusal(
+                call.tenant,
+                f"the answers to the requests of tenant {call.tenant!r} under way take too much memory together",
+                _field_of(call, len(groups)),
+            )
+        until_written.callback(self._answer_memory.release, held)
 
     async def _results(
         self, tenant: str, groups: Sequence[RowGroup], parts: Sequence[ClassificationRequest]
@@ -331,7 +356,7 @@ class RowCalls(ABC):
         """Refuse a call beside too many waiting parts of its tenant; raises TenantOverloaded."""
         if waiting < _MAX_PARTS:
             return
-        field = "adapters" if adapters > 1 else "inputs" if call.embedding is None else "input"
+        field = _field_of(call, adapters)
         raise self._admission.refusal(
             call.tenant,
             f"{waiting} parts of calls of tenant {call.tenant!r} wait, and no call is taken beside {_MAX_PARTS}: a "
@@ -369,6 +394,11 @@ class RowCalls(ABC):
 
     @abstractmethod
     def _mailbox_here(self) -> Mailbox: ...
+
+
+def _field_of(call: ClassificationRequest, adapters: int) -> str:
+    """The field that makes a call large."""
+    return "adapters" if adapters > 1 else "inputs" if call.embedding is None else "input"
 
 
 def _joined(groups: Sequence[RowGroup], results: Sequence[RowResult]) -> list[list[RowResult]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -20,6 +21,9 @@ _MAX_PAIRS = 1024
 _MAX_TAGGED = 1 << 15
 # Numbers in one answer: 16 MiB of float32 in JSON take a second of encoding, in pieces.
 _MAX_VECTOR_NUMBERS = 1 << 21
+# What an answer takes until it is written, its JSON included: each row, and in it each number of a vector, each
+# probability but for the name of its label, or each token, which may be a span.
+_ROW_BYTES, _NUMBER_BYTES, _PROBABILITY_BYTES, _TAGGED_BYTES = 300, 28, 90, 400
 
 Inputs: TypeAlias = Sequence[str | tuple[str, str] | ImageInput]
 Texts: TypeAlias = Sequence[str | tuple[str, str]]
@@ -188,6 +192,21 @@ class RowMaker:
         if pooling == "last_token" and self._base.kind == "vision":
             raise InvalidRequest("pooling last_token is not for images; use cls or mean", param="pooling")
         return None if adapter is None else self._references.resolve(adapter, None)
+
+    def answer_bytes(self, groups: Sequence[RowGroup], embeds: bool) -> int:
+        """The memory that the results of these rows take at most, with their JSON; `embeds` where they are vectors."""
+        nbytes = 0
+        for group in groups:
+            # As JSON has them.
+            names = [len(json.dumps(label)) for label in group.adapter.labels or ()] if group.adapter else []
+            row_bytes = _ROW_BYTES + _PROBABILITY_BYTES * len(names) + sum(names)
+            if embeds:
+                row_bytes = _ROW_BYTES + _NUMBER_BYTES * self._base.embedding_size
+            elif group.adapter is not None and group.adapter.task == "token-classify":
+                row_bytes = _ROW_BYTES
+                nbytes += sum(map(len, group.rows)) * (_TAGGED_BYTES + max(names))
+            nbytes += len(group.rows) * row_bytes
+        return nbytes
 
     def embedding_spec(self, adapter: ResolvedAdapter | None) -> ImageSpec:
         """The preprocessing of an embedding of images: the adapter's, or the base's own without one.
