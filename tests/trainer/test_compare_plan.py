@@ -1,5 +1,6 @@
 """The plan of a comparison: sizes, order, the rule for learning rates, the names of runs, and refusals."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,28 @@ def test_a_disk_that_is_full_is_told_by_what_the_system_says(tmp_path: Path, mon
     path.write_text(yaml.safe_dump(plan_of(data={"one": {"train": train}})))
     done = CliRunner().invoke(_app(), ["compare", str(path)])
     assert (done.exit_code, done.stderr) == (1, "train_adapter compare: No space left on device\n")
+
+
+def test_a_script_hears_of_a_run_that_failed(tmp_path: Path) -> None:
+    path = tmp_path / "plan.yaml"
+    train = str(write_csv(tmp_path / "one.csv", ending_rule(8)))
+    path.write_text(yaml.safe_dump(plan_of(data={"one": {"train": train}}, methods=[{"method": "head-only"}])))
+    plan = read_plan(path)
+    first, second = (plan.spec(plan.cells()[0], seed, None, "score") for seed in plan.seeds)
+    figures = {"parameters": 0, "head_parameters": 9, "peak_memory_mb": 1.0, "step_ms": 1.0, "learning_rate": None}
+    results = tmp_path / "plan.results.jsonl"
+    results.write_text(json.dumps({"run": first.digest, "score": 0.5, **figures}) + "\n")
+    app, asked = _app(), ["compare", str(path), "--limit", "0", "--json"]
+    done = CliRunner().invoke(app, asked)
+    assert (done.exit_code, done.stderr) == (0, ""), "a run that is left has not failed"
+    with results.open("a") as file:
+        file.write(json.dumps({"run": second.digest, "error": "no\nroom", "learning_rate": None}) + "\n")
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 1
+    which, last = done.stderr.splitlines()
+    assert which == "tiny one head-only: 1 of 2 runs failed: no room"
+    assert last.startswith("train_adapter compare: ") and "--retry-failed" in last
+    assert json.loads(done.stdout.splitlines()[-1])["cells"][0]["failed"] == 1
 
 
 def _app() -> typer.Typer:

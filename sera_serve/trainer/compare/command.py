@@ -44,8 +44,8 @@ def compare_command(
     """Compare methods: every method in every size, on every data set, over every base, with every seed.
 
     Runs that are finished are kept; the same command goes on with the others. A kill loses the run under way only. A
-    run that fails is shown in the table. The last thing is the table, also as CSV and Markdown, and a plot of score
-    over parameters.
+    run that fails ends no other. The last thing is the table, also as CSV and Markdown, and a plot of score over
+    parameters. The exit status is 1 if a run of the table has failed; the last lines of stderr say which, and why.
 
     Example: `train_adapter compare examples/paper/small.yaml`
     """
@@ -81,9 +81,13 @@ def compare_command(
                 runner.run(limit)
         except KeyboardInterrupt:
             stopped = True
-    _show(runner, path, tables, as_json)
+    failures = _show(runner, path, tables, as_json)
+    for line in failures:
+        say(line, err=True)
     if stopped:
         _fail("stopped; the same command goes on with the runs that are left", 130)
+    if failures:
+        _fail("runs of the table have failed; --retry-failed makes them again", 1)
 
 
 @contextmanager
@@ -101,7 +105,8 @@ def _fail(message: str, status: int) -> NoReturn:
     fail("train_adapter compare", message, status)
 
 
-def _show(runner: Any, path: Path, tables: list[Path], as_json: bool) -> None:
+def _show(runner: Any, path: Path, tables: list[Path], as_json: bool) -> list[str]:
+    """Write and print the table. Return a line for each of its places in which a run has failed."""
     from dataclasses import asdict
 
     from sera_serve.trainer.compare.plot import plot_scores
@@ -119,12 +124,11 @@ def _show(runner: Any, path: Path, tables: list[Path], as_json: bool) -> None:
         # A pipe has no width, and a table cut to 80 columns is of no use.
         console = PlainConsole(highlight=False, width=250)
     show_table(console, as_table(cells))
-    for line in errors_of(cells):
-        say(line)
     files = f"{csv}, .md" + (" and .png" if plotted else "")
     typer.echo(f"{left} of {len(runner.plan.ordered())} runs are left; written: {files}")
     if as_json:
         typer.echo(json.dumps({"left": left, "results": str(path), "cells": [asdict(cell) for cell in cells]}))
+    return errors_of(cells)
 
 
 def _pair(text: str) -> tuple[str, str]:
