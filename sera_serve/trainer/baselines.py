@@ -19,7 +19,6 @@ from sera_serve.errors import InvalidConfiguration
 from sera_serve.layers import SeraConfig
 from sera_serve.layers.targets import select_targets
 from sera_serve.trainer.allocation import SettlesRanks
-from sera_serve.trainer.loss_scale import needs_loss_scale
 from sera_serve.trainer.model import AdapterModel
 from sera_serve.trainer.settings import TrainSettings
 from sera_serve.trainer.tasks import TrainingTask
@@ -244,10 +243,10 @@ def _is_passed(task: TrainingTask, name: str) -> bool:
 def _fully_trained(task: TrainingTask) -> BaselineModel:
     model = task.model
     assert model.base_model is not None
-    if needs_loss_scale(model):
+    if model.base_model.dtype != torch.float32:
         raise InvalidConfiguration(
-            "full fine-tuning would train weights in float16, whose gradients and steps vanish; take dtype bfloat16 or "
-            "float32",
+            f"full fine-tuning would train weights in {str(model.base_model.dtype).removeprefix('torch.')}, in which "
+            "small steps round to none; give the method dtype: float32",
             param="dtype",
         )
     for name, parameter in model.base_model.named_parameters():

@@ -106,6 +106,16 @@ def test_a_baseline_learns_in_our_loop_and_leaves_the_base(settings: TrainSettin
     assert result["peak_memory_mb"] > 10
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_full_fine_tuning_is_refused_where_small_steps_change_no_weight(settings: TrainSettings, dtype: str) -> None:
+    options = settings.model_copy(update={"dtype": dtype}).model_dump(
+        mode="json", exclude_unset=True, exclude={"store", "name"}
+    )
+    result = train_one({"settings": options, "baseline": {"method": "full"}, "test_rows": None})
+    assert f"would train weights in {dtype}, in which" in result["error"]
+    assert result["error"].endswith("give the method dtype: float32")
+
+
 @pytest.mark.parametrize("method", ["full", "vera"])
 @pytest.mark.parametrize("task", ["regress", "token-classify", "multi-label"])
 def test_a_baseline_trains_every_task_on_texts(

@@ -14,13 +14,11 @@ from transformers import TrainerCallback
 
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase, load_base
-from sera_serve.errors import InvalidConfiguration
 from sera_serve.trainer import loss_scale
-from sera_serve.trainer.baselines import BaselineShape, install_baseline
 from sera_serve.trainer.loss_scale import LARGEST_SCALE, LossScale
 from sera_serve.trainer.run import train_adapter
 from sera_serve.trainer.settings import TrainSettings
-from sera_serve.trainer.tasks import TASKS, TrainingTask
+from sera_serve.trainer.tasks import TrainingTask
 from sera_serve.trainer.together.jobs import train_jobs
 from sera_serve.trainer.together.plan import Plan
 
@@ -154,11 +152,3 @@ def test_jobs_over_a_float16_base_compute_again_each_for_itself(
             assert torch.isfinite(together[name]).all()
             if name.endswith("sera_b"):
                 assert cosine(tensor, together[name]) > 0.9
-
-
-def test_full_fine_tuning_in_float16_is_refused(half_base: FrozenBase, tmp_path: Path) -> None:
-    rows = write_csv(tmp_path / "rows.csv", ending_rule(8))
-    options = settings_for(Path("tiny"), tmp_path, rows)
-    task = TASKS["classify"].build(options, half_base, TASKS["classify"].load(options, None), 64)
-    with pytest.raises(InvalidConfiguration, match="take dtype bfloat16 or float32"):
-        install_baseline(task, options, BaselineShape("full"))
