@@ -114,6 +114,26 @@ def test_the_name_of_a_run_depends_on_the_contents_of_its_folders(tmp_path: Path
     assert digest("d", b"0101", "images") == digest("e", b"0101", "images") != digest("f", b"1010", "images")
 
 
+@pytest.mark.parametrize("use", ["train", "test"])
+@pytest.mark.parametrize("column", ["image", "file_name", "picture"])
+def test_the_name_of_a_run_depends_on_the_images_that_its_tables_name(tmp_path: Path, column: str, use: str) -> None:
+    def digest(folder: str, content: bytes, **options: str) -> str:
+        (tmp_path / folder).mkdir()
+        table = tmp_path / folder / "rows.csv"
+        table.write_text(f"{column},label\na.png,x\nabsent.png,y\na.png,x\n")
+        (table.parent / "a.png").write_bytes(content)
+        data = {"train": "one.csv", "task": "image-classify", use: str(table), **options}
+        if column == "picture":
+            data["image_column"] = column
+        plan = ComparePlan.model_validate(plan_of(data={"one": data}))
+        return plan.spec(plan.cells()[0], 0, None, "score").digest
+
+    assert digest("a", b"0101") == digest("b", b"0101") != digest("c", b"1010")
+    (tmp_path / "pictures").mkdir()
+    elsewhere = str(tmp_path / "pictures")
+    assert digest("d", b"0101", images=elsewhere) == digest("e", b"1010", images=elsewhere)
+
+
 def specs_of(**changes: Any) -> dict[str, RunSpec]:
     """The first run of each method on the first data set, by the label of the method."""
     plan = ComparePlan.model_validate(plan_of(**changes))

@@ -24,6 +24,8 @@ from sera_serve.trainer.compare.variants import (
     shapes_adapter,
     sizes_of,
 )
+from sera_serve.trainer.data.images import named_images_digest
+from sera_serve.trainer.data.labelled import USES
 from sera_serve.trainer.methods import METHODS
 from sera_serve.trainer.option_text import read_yaml
 from sera_serve.trainer.settings import FILES, TrainSettings
@@ -298,11 +300,7 @@ class ComparePlan(BaseModel):
             options.pop("test", None)
         options |= {"base": _base_spec(base.base), "seed": seed, "store": "-", "name": "compare/run"}
         try:
-            # Without defaults: an option that a method does not know must stay unset, and a new option of the trainer
-            # must not give finished runs other names.
-            settings = TrainSettings.model_validate(options).model_dump(
-                mode="json", exclude={"store", "name"}, exclude_unset=True
-            )
+            checked = TrainSettings.model_validate(options)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(map(str, first["loc"])) or "options"
@@ -311,12 +309,16 @@ class ComparePlan(BaseModel):
                 f"{first['msg'].removeprefix('Value error, ')}; correct it in methods, data, bases or settings",
                 param=where,
             ) from error
+        # Without defaults: an option that a method does not know must stay unset, and a new option of the trainer must
+        # not give finished runs other names.
+        settings = checked.model_dump(mode="json", exclude={"store", "name"}, exclude_unset=True)
         shape = asdict(shape_of(variant, variant.baseline, settings)) if variant.baseline is not None else None
         test_rows = self.data[cell.data].test_rows if purpose == "score" else None
         named = settings | {"base": cell.base}
         for use in FILES:
             if named.get(use) is not None:
                 named[use] = _contents(str(named[use]))
+        named |= _beside_tables(checked)
         identity = json.dumps([named, shape, test_rows, purpose], sort_keys=True)
         return RunSpec(settings, shape, test_rows, hashlib.sha256(identity.encode()).hexdigest()[:16], purpose)
 
@@ -342,6 +344,24 @@ def _base_spec(base: str) -> str:
             param="bases",
         )
     return str(Path(places[0]) / folder)
+
+
+def _beside_tables(settings: TrainSettings) -> dict[str, str]:
+    """Name the images that the tables of a run name by their contents; none where a folder or zip file has them."""
+    if settings.task not in ("image-classify", "retrieve") or settings.images is not None:
+        return {}
+    found = {}
+    for use in USES:
+        path: Path | None = getattr(settings, use)
+        if path is not None and path.is_file() and path.suffix.lower() != ".zip":
+            digest = _named_images(path, settings.image_column, settings.delimiter, settings.encoding, use)
+            if digest is not None:
+                found[f"{use}_images"] = digest
+    return found
+
+
+# A plan names each of its runs.
+_named_images = cache(named_images_digest)
 
 
 @cache

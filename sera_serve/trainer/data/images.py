@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -209,12 +210,9 @@ class _Reader:
         """Read a table, and find its column of images."""
         if path.is_dir() and (inside := _metadata_of(path)) is not None:
             path = inside
-        table = read_table(path, delimiter=self._settings.delimiter, encoding=self._settings.encoding, split=use)
+        settings = self._settings
+        table, column = _read_table(path, settings.image_column, settings.delimiter, settings.encoding, use)
         self.notes += table.notes
-        column = self._settings.image_column
-        if column == "image" and column not in table.columns and _METADATA_COLUMN in table.columns:
-            column = _METADATA_COLUMN
-        table.require(column, "image_column")
         return table, column
 
     def _table_images(self, table: Table, column: str, problems: Problems, use: Use) -> Iterator[tuple[Row, str]]:
@@ -246,6 +244,37 @@ class _Reader:
         except UnusableImage as error:
             problems.add(row, error.message)
             return ""
+
+
+def named_images_digest(
+    path: Path, image_column: str, delimiter: str | None, encoding: str | None, use: Use
+) -> str | None:
+    """The sha256 of the images that a table names by their paths from its folder; None where it names none.
+
+    What cannot be read is left out: the run refuses it. The other arguments are options of the run.
+    """
+    try:
+        table, column = _read_table(path, image_column, delimiter, encoding, use)
+    except InvalidData:
+        return None
+    files, found = FolderSource(table.path.parent), dict[str, str]()
+    for row in table.rows:
+        with suppress(UnusableImage):
+            name = cell_image(row.values.get(column))
+            if isinstance(name, str) and name not in found:
+                found[name] = hashlib.sha256(files.read(name)).hexdigest()
+    return _digest(list(found.values())) if found else None
+
+
+def _read_table(
+    path: Path, image_column: str, delimiter: str | None, encoding: str | None, use: Use
+) -> tuple[Table, str]:
+    """Read a table, and find its column of images."""
+    table = read_table(path, delimiter=delimiter, encoding=encoding, split=use)
+    if image_column == "image" and image_column not in table.columns and _METADATA_COLUMN in table.columns:
+        image_column = _METADATA_COLUMN
+    table.require(image_column, "image_column")
+    return table, image_column
 
 
 def _check_table_options(settings: TrainSettings) -> None:
