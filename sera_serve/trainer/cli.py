@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -159,7 +160,7 @@ def _init(
         write_settings(file, text)
     except InvalidConfiguration as error:
         fail("train_adapter", error.message, 2)
-    typer.echo(f"wrote {file}; edit it, and train with: train_adapter --config {file}")
+    typer.echo(f"wrote {file}; edit it, and train with: train_adapter --config {shlex.quote(str(file))}")
 
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
@@ -273,7 +274,8 @@ def _summarise(settings: TrainSettings, result: Any) -> None:
         typer.echo(f"  {name:<{width}}  {text}")
     typer.echo("Serve it:")
     quantized = "" if settings.quantize == "none" else f" --quantize {settings.quantize}"
-    typer.echo(f"  sera-serve serve --base {settings.base}{quantized} --store {settings.store}")
+    base, store = shlex.quote(settings.base), shlex.quote(str(settings.store))
+    typer.echo(f"  sera-serve serve --base {base}{quantized} --store {store}")
     # A server that needs no key does not read the header.
     typer.echo("Ask it, with a key in SERA_KEY where the server needs keys:")
     typer.echo(f'  curl -H "Authorization: Bearer $SERA_KEY" http://localhost:8000/v1/{_request(settings, result)}')

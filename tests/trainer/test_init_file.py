@@ -1,6 +1,7 @@
 """`train_adapter init`: the file that it writes is read back to equal settings; and the table of options."""
 
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -83,9 +84,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def test_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    path = tmp_path / "run.yaml"
+    path = tmp_path / "tom's run.yaml"
     assert run(monkeypatch, "init", str(path), "--task", "classify", "--rank", "4", "--name", "acme/a") == 0
-    assert "train_adapter --config" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(f"train with: {shlex.join(['train_adapter', '--config', str(path)])}\n")
     settings = load_options(path, {})
     assert (settings.rank, settings.name, settings.task) == (4, "acme/a", "classify")
     assert run(monkeypatch, "init", str(path), "--task", "classify") == 2
