@@ -17,6 +17,7 @@ from store_jobs import ACTIONS, NAME, OTHER, faults
 from torch import Tensor
 
 from adapters_store import AdapterNotFound, AdapterStore, StoreError, StoreUnavailable
+from adapters_store.backends.interface import Change
 from adapters_store.errors import StoreCorrupted, StoreWriteFailed
 from support.small_disk import FullDisk, fill_bytes, fill_files, mounted, small_disk
 
@@ -71,6 +72,23 @@ def test_a_real_full_disk_refuses_a_version_and_leaves_nothing(full_store: Adapt
     assert full_store.check() == "full"
     assert full_store.load(full_store.resolve(NAMES[0]).digest).digest == SECOND.digest
     assert [info.adapter for info in full_store.iter_adapters()] == NAMES
+
+
+def test_only_deletions_use_the_reserve_of_a_real_full_disk(full_store: AdapterStore) -> None:
+    before, backend = contents(full_store.root), full_store._backend
+    manifest, record = backend.manifest(NAMES[0]), backend.version(NAMES[0], 2)
+    assert record is not None
+    third = record.model_copy(update={"version": 3})
+    for change in (
+        Change(set_aliases={"stable": 1}),
+        Change(set_aliases={"latest": 1}),
+        # Its bundle is there, and needs no space.
+        Change(add=third),
+        Change(add=third, remove_versions=(1,)),
+    ):
+        with pytest.raises(StoreWriteFailed, match="No space left"):
+            backend.commit(NAMES[0], change, manifest.revision)
+        assert contents(full_store.root) == before
 
 
 def test_deleting_works_on_a_real_full_disk(full_store: AdapterStore) -> None:
