@@ -205,7 +205,7 @@ class PlacementQueue:
             return True
         placed = len(self._pool.placements())
         free = self._pool.capacity - self._pool.used
-        return placed < self._pool.slots and free * max(1, placed) >= self._pool.used
+        return placed < self._pool.slots and free * placed >= self._pool.used
 
     def arrive(self, entry: AdapterEntry) -> None:
         """Take in an adapter whose copy is complete, as the most recently used."""

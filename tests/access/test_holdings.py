@@ -221,6 +221,48 @@ def test_an_old_count_is_renewed_beside_the_publication(store: AdapterStore, bun
     wait_until(is_refused)
 
 
+def test_the_store_is_counted_no_more_often_than_it_must(
+    store: AdapterStore, bundles: list[AdapterBundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A count reads what all processes have changed, and the publishing thread serves every tenant.
+    clock, held, gate = Clock(), store.held, threading.Event()
+    counts: list[float] = []
+
+    def counted(tenant: str) -> Held:
+        counts.append(clock.now)
+        assert gate.wait(20)
+        return held(tenant)
+
+    def asks(holdings: Holdings) -> None:
+        holdings.check_publish("acme/b", bundles[1].digest, bundles[1].file_bytes)
+
+    def is_counted() -> bool:
+        return not any(thread.name == "holdings" for thread in threading.enumerate())
+
+    monkeypatch.setattr(store, "held", counted)
+    gate.set()
+    full = limited(store, clock, adapters=1)
+    publish(full, store, bundles[0], "acme/a")
+    for _ in range(2):
+        with pytest.raises(QuotaExceeded):
+            asks(full)
+        clock.now += 1.0
+    assert counts == [1000.0], "a refusal may be by a count of a second"
+    free = limited(store, clock, adapters=4)
+    asks(free)
+    clock.now += 5.0
+    asks(free)
+    wait_until(is_counted)
+    assert counts == [1000.0, 1002.0], "a count of five seconds is not old"
+    gate.clear()
+    clock.now += 0.1
+    for _ in range(3):
+        asks(free)
+    gate.set()
+    wait_until(is_counted)
+    assert counts == [1000.0, 1002.0, 1007.1], "one count at a time"
+
+
 def test_a_count_beside_a_publication_that_the_disk_refuses_is_made_again(
     store: AdapterStore, bundles: list[AdapterBundle], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from adapters_store import AdapterStore
 from sera_serve.base import FrozenBase
 from sera_serve.engine import ConstraintSpec, GenerateParams, GenerationResult, TokenConstraint
+from sera_serve.engine.loop import choice
 from sera_serve.engine.loop.choice import bias_of
 from sera_serve.engine.request import BASE_PRINCIPAL, GenerationRequest
 from sera_serve.engine.sampling import sampling_keys
@@ -147,6 +148,26 @@ def test_each_request_of_a_mixed_batch_has_its_own(
     # The options do something.
     plain = asyncio.run(all_at_once(engine, [GenerateParams(prompt=requests()[1].prompt, max_new_tokens=40)]))
     assert plain[0].token_ids != results[1].token_ids
+
+
+def test_counts_and_biases_are_made_for_a_few_rows_at_once(
+    decoder: FrozenBase, adapters: AdapterStore, start_engine: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A row of each has a number for each token of the vocabulary.
+    want = [one.token_ids for one in asyncio.run(all_at_once(start_engine(decoder, adapters), requests()))]
+    rows: dict[tuple[bool, bool], set[int]] = defaultdict(set)
+    choose = choice.choose_tokens
+
+    def noted(scores: Tensor, sampling: Any, penalties: Any = None, bias: Any = None) -> Tensor:
+        rows[penalties is not None, bias is not None].add(len(scores))
+        return choose(scores, sampling, penalties, bias)
+
+    monkeypatch.setattr(choice, "choose_tokens", noted)
+    monkeypatch.setattr(choice, "_ROWS_AT_ONCE", 2)
+    assert [one.token_ids for one in asyncio.run(all_at_once(start_engine(decoder, adapters), requests()))] == want
+    for has_penalties, has_bias in [(True, False), (False, True), (True, True)]:
+        assert max(rows[has_penalties, has_bias]) == 2
+    assert max(rows[False, False]) > 2
 
 
 @torch.no_grad()

@@ -437,6 +437,26 @@ def test_residents_are_not_looked_through_at_each_lease_while_some_drain(
     granted(late).release()
 
 
+@pytest.mark.parametrize(("max_bypasses", "tried"), [(100, 1), (0, 0)], ids=["free to bypass", "some drain"])
+def test_one_that_joins_has_no_other_tried_again(
+    build: Build, large: list[str], monkeypatch: pytest.MonkeyPatch, max_bypasses: int, tried: int
+) -> None:
+    # No room came free since the others were tried; with many that join, each would try many.
+    residency = build(room=1.1, host=8, max_bypasses=max_bypasses)
+    for digest in large[1:]:
+        granted(residency.acquire(digest)).release()
+    held = granted(residency.acquire(large[0]))
+    waiting = [residency.acquire(digest) for digest in large[1:3]]
+    wait_for_loads(residency)
+    tries = counted(monkeypatch, residency._placement, "_place")
+    waiting.append(residency.acquire(large[3]))
+    wait_for_loads(residency)
+    assert len(tries) == tried and not any(future.done() for future in waiting)
+    held.release()
+    for future in waiting:
+        granted(future).release()
+
+
 def test_what_pins_leave_is_found_once_for_each_change_of_pins(
     build: Build, store: Store, base: FrozenBase, index: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

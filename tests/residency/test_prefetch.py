@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from slow_store import Build, Store, granted, wait_for_loads
 
@@ -53,6 +55,27 @@ def test_prefetch_goes_no_further_than_the_host_cache_where_the_device_is_taken(
     hint.release()
     assert store.asked == large[:2]
     assert residency.stats().granted["host"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "is_spare"),
+    [({"room": 2.1}, True), ({"room": 1.9}, False), ({"room": 4, "slots": 1}, False), ({"room": 4, "slots": 2}, True)],
+)
+@pytest.mark.parametrize("taken", ["leased", "wanted"])
+def test_room_is_spare_for_an_adapter_of_the_average_size(
+    build: Build, large: list[str], options: dict[str, Any], is_spare: bool, taken: str
+) -> None:
+    residency = build(**options)
+    assert residency._placement.has_spare_room()
+    if taken == "leased":
+        held = granted(residency.acquire(large[0]))
+    else:
+        held = residency.prefetch(large[0])
+        wait_for_loads(residency)
+    assert residency._placement.has_spare_room() is is_spare
+    held.release()
+    # No request wants it any more: it may leave.
+    assert residency._placement.has_spare_room()
 
 
 def test_requests_evict_wanted_adapters_last_and_the_latest_of_them_first(build: Build, large: list[str]) -> None:
