@@ -365,7 +365,7 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
             StoreError, AdapterTooLarge: It waited, for the first time or again, and its adapter was deleted, cannot be
                 read, or finds no room among pinned ones.
         """
-        if self._closed or self.result is not None:
+        if self._closed:
             raise StopAsyncIteration
         request = self.request
         seen = request.prompt_tokens + len(self._token_ids)
@@ -392,7 +392,7 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
 
     async def aclose(self) -> None:
         """Cancel what is left; a no-op on a finished stream."""
-        if not self._closed and self.result is None:
+        if not self._closed:
             self._cancel(FinishReason.CANCELLED)
         self._close()
 
@@ -439,7 +439,7 @@ class GenerationStream(EventReader, AsyncIterator[TokenDelta]):
         return TokenDelta(text, new, tuple(request.token_logprobs[first : first + taken]))
 
     def _expire(self) -> None:
-        if not self._closed and self.result is None and not self.request.is_finished:
+        if not self._closed and not self.request.is_finished:
             self._expired = True
             self._cancel(FinishReason.EXPIRED)
             self.wake()

@@ -227,14 +227,14 @@ class ClassificationRunner(TaskRunner[ClassificationRequest]):
 
     def _take_rows(self) -> list[_Row]:
         late = time.monotonic() - self._rows[0].entered >= self._max_wait_s
-        # By kind, in the order of arrival.
+        # By kind, in the order of arrival: the first row is of the first kind.
         kinds: dict[bool, list[int]] = {}
         for position, row in enumerate(self._rows):
             kinds.setdefault(row.inputs.is_image, []).append(position)
         best: list[int] = []
         for positions in kinds.values():
             lengths = [len(self._rows[position].inputs) for position in positions]
-            must = 0 if late and positions[0] == 0 else None
+            must = 0 if late else None
             found = [positions[row] for row in choose_rows(lengths, self._max_rows, self._max_tokens, must)]
             if must is not None:
                 best = found
