@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from bundle_factory import BASE, Q, fill, make_bundle, make_classifier
+from bundle_factory import BASE, GAINS, HEAD, MODULE, Q, fill, make_bundle, make_classifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -104,6 +104,10 @@ def test_equal_shares_are_exact_in_half_precision() -> None:
     assert all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in total.tensors.values())
 
 
+def templated(template: str) -> AdapterBundle:
+    return make_bundle(chat_template=template, format_version=2)
+
+
 def other_base(**changes: Any) -> AdapterBundle:
     return make_bundle(base={**BASE, **changes})
 
@@ -117,6 +121,11 @@ def other_base(**changes: Any) -> AdapterBundle:
         ([make_classifier(), make_classifier(1, max_length=32)], [1, 1], CannotCombine, "max_length"),
         ([make_classifier(), make_classifier(1)], [1, 1], CannotCombine, "different heads"),
         ([make_bundle(), other_base(weights_digest="e" * 64)], [1, 1], WrongBase, "weights_digest"),
+        ([make_classifier(), make_classifier(1, multi_label=True, format_version=3)], [1, 1], CannotCombine, "multi"),
+        ([make_classifier(), make_classifier(1, head=HEAD, format_version=2)], [1, 1], CannotCombine, "head of part 2"),
+        ([make_bundle(), make_bundle(modules={Q: GAINS}, format_version=2)], [1, 1], CannotCombine, "has a gain"),
+        ([make_bundle(), make_bundle(modules={Q: {**MODULE, "d_in": 10}})], [1, 1], CannotCombine, "widths of"),
+        ([templated("a"), make_bundle(), templated("b")], [1] * 3, CannotCombine, "different chat templates"),
         ([make_bundle()] * 9, [1] * 9, CannotCombine, "1 to 8 adapters"),
         ([], [], CannotCombine, "1 to 8 adapters"),
         ([make_bundle()], [float("nan")], CannotCombine, "finite"),
@@ -129,6 +138,32 @@ def test_refusals_name_the_reason(
 ) -> None:
     with pytest.raises(error, match=what):
         combine(bundles, weights)
+
+
+LORA = {**MODULE, "split": 1, "use_mixer": False}
+
+
+@pytest.mark.parametrize(
+    ("methods", "modules", "method"),
+    [
+        (("melora", "melora"), [MODULE, MODULE], "melora"),
+        (("lora", "moslora"), [LORA, LORA], "lora"),
+        (("lora", "moslora"), [LORA, {**LORA, "use_mixer": True}], "sera"),
+        (("melora", "lora"), [{**MODULE, "use_mixer": False}] * 2, "sera"),
+    ],
+)
+def test_a_sum_says_how_it_may_be_read(methods: tuple[str, str], modules: list[dict[str, Any]], method: str) -> None:
+    bundles = [make_bundle(method=name, modules={Q: spec}) for name, spec in zip(methods, modules, strict=True)]
+    assert combine(bundles, [1, 1]).config.method == method
+
+
+def test_what_one_part_alone_has_goes_along() -> None:
+    head_only = make_classifier(method="head-only", modules={})
+    assert combine([head_only, head_only], [1, 1]).config.method == "head-only"
+    adapted = make_classifier()
+    adapted.tensors.update(head_only.tensors)
+    assert combine([head_only, adapted], [1, 1]).config.method == "sera"
+    assert combine([make_bundle()] * 7 + [templated("a")], [1] * 8).config.chat_template == "a"
 
 
 def test_classifiers_of_one_head_keep_it() -> None:

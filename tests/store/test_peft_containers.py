@@ -48,11 +48,16 @@ def tar_of(folder: Path, name: str = "") -> bytes:
     return buffer.getvalue()
 
 
-def zip_of(folder: Path, name: str = "", method: int = zipfile.ZIP_DEFLATED) -> bytes:
+def zip_of(
+    folder: Path, name: str = "", method: int = zipfile.ZIP_DEFLATED, extra: bytes = b"", comment: bytes = b""
+) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", method) as archive:
+        archive.comment = comment
         for path in sorted(folder.rglob("*")):
-            archive.write(path, "/".join(filter(None, [name, str(path.relative_to(folder))])))
+            entry = zipfile.ZipInfo.from_file(path, "/".join(filter(None, [name, str(path.relative_to(folder))])))
+            entry.compress_type, entry.extra = method, extra
+            archive.writestr(entry, path.read_bytes() if path.is_file() else b"")
     return buffer.getvalue()
 
 
@@ -65,6 +70,10 @@ CONTAINERS: dict[str, Callable[[Path], bytes]] = {
     "tar of a folder in a folder": lambda folder: tar_of(folder, f"outer/{folder.name}"),
     "zip, deflated": zip_of,
     "zip, stored": lambda folder: zip_of(folder, method=zipfile.ZIP_STORED),
+    # Info-ZIP writes times into extra fields. The comment looks like an end record.
+    "zip with extra fields and a comment": lambda folder: zip_of(
+        folder, extra=struct.pack("<2HBI", 0x5455, 5, 1, 0), comment=b"PK\5\6" + bytes(40)
+    ),
     "zip of a folder in a folder": lambda folder: zip_of(folder, f"outer/{folder.name}"),
     "one file with the configuration in its metadata": single_with_metadata,
 }
@@ -114,6 +123,7 @@ def test_a_bundle_is_no_peft_checkpoint(tmp_path: Path) -> None:
         peft_from_path(str(tmp_path / "bundle" / "adapter_model.safetensors"), LIMITS),
         peft_from_bytes(memoryview(bundle.to_bytes()), LIMITS),
         peft_from_bytes(memoryview(tar_of(tmp_path / "bundle")), LIMITS),
+        peft_from_bytes(memoryview(b"neither" * 100), LIMITS),
     ):
         assert found is None
     assert AdapterBundle.load(tmp_path / "bundle").digest == bundle.digest
@@ -125,9 +135,14 @@ def forged(data: bytes, offset: int, layout: str, *values: Any) -> bytes:
     return data[:at] + struct.pack(layout, *values) + data[at + struct.calcsize(layout) :]
 
 
-def zip_with(name: str = "adapter_config.json", content: bytes = b'{"peft_type": "LORA"}', times: int = 1) -> bytes:
+def zip_with(
+    name: str = "adapter_config.json",
+    content: bytes = b'{"peft_type": "LORA"}',
+    times: int = 1,
+    method: int = zipfile.ZIP_DEFLATED,
+) -> bytes:
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(buffer, "w", method) as archive:
         for index in range(times):
             archive.writestr(name.format(index), content)
     return buffer.getvalue()
@@ -160,35 +175,75 @@ def windows_zip(*names: str, contents: dict[str, bytes] | None = None) -> bytes:
     return buffer.getvalue()
 
 
-HOSTILE: dict[str, tuple[bytes, str]] = {
-    "a bomb": (zip_with(content=bytes(1 << 21)), "bundle_too_large"),
-    "a bomb that lies about its size": (forged(zip_with(content=bytes(1 << 21)), 24, "<I", 100), "invalid_archive"),
-    "shorter than it says": (forged(zip_with(), 24, "<I", 100), "invalid_archive"),
-    "another checksum": (forged(zip_with(), 16, "<I", 7), "invalid_archive"),
-    "encrypted": (forged(zip_with(), 8, "<H", 1), "invalid_archive"),
-    "another method": (forged(zip_with(), 10, "<H", 12), "invalid_archive"),
-    "zip64": (forged(zip_with(), 20, "<I", 0xFFFFFFFF), "invalid_archive"),
-    "an offset beyond the end": (forged(zip_with(), 42, "<I", 1 << 30), "invalid_archive"),
-    "a symbolic link": (link_zip(), "invalid_archive"),
-    "many members": (zip_with("{}/x", times=1000), "invalid_archive"),
-    "a name that is not the UTF-8 that it claims to be": (misnamed(b"m\x81ne", utf8=True), "invalid_archive"),
-    "dot dot behind back slashes": (windows_zip("a\\..\\..\\adapter_config.json"), "invalid_archive"),
-    "no directory": (zip_with()[:-30], "truncated"),
-    "dot dot": (zip_with("../adapter_config.json"), "invalid_archive"),
-    "absolute": (zip_with("/adapter_config.json"), "invalid_archive"),
-    "a backslash": (zip_with("a\\adapter_config.json"), "invalid_archive"),
-    "no weights": (zip_with(), "missing_file"),
-    "pickled weights": (zip_with("adapter_model.bin", b"\x80\x04"), "pickled_checkpoint"),
+def longer_by(nbytes: int) -> bytes:
+    """The archive whose only member is so many bytes longer, compressed, than what expands to it."""
+    data = zip_with()
+    return forged(data, 20, "<I", zipfile.ZipFile(io.BytesIO(data)).infolist()[0].compress_size + nbytes)
+
+
+def counted(here: int, count: int) -> bytes:
+    """An archive of two members whose end record counts others."""
+    data = zip_with("{}/x", times=2)
+    return data[:-14] + struct.pack("<2H", here, count) + data[-10:]
+
+
+NO_PATH = "is no path below the archive's top"
+HOSTILE: dict[str, tuple[bytes, str, str]] = {
+    "a bomb": (zip_with(content=bytes(1 << 21)), "bundle_too_large", "expands to 2097152 bytes"),
+    "a bomb that lies about its size": (
+        forged(zip_with(content=bytes(1 << 21)), 24, "<I", 100),
+        "invalid_archive",
+        "is longer than its entry says",
+    ),
+    "shorter than it says": (forged(zip_with(), 24, "<I", 100), "invalid_archive", "has another length"),
+    "bytes after what is compressed": (longer_by(5), "invalid_archive", "has another length"),
+    "longer than the archive": (longer_by(1 << 20), "invalid_archive", "the archive ends inside"),
+    "two lengths": (
+        forged(zip_with(method=zipfile.ZIP_STORED), 24, "<I", 7),
+        "invalid_archive",
+        "'adapter_config.json' has two lengths",
+    ),
+    "another checksum": (forged(zip_with(), 16, "<I", 7), "invalid_archive", "the checksum of"),
+    "encrypted": (forged(zip_with(), 8, "<H", 1), "invalid_archive", "is encrypted"),
+    "another method": (forged(zip_with(), 10, "<H", 12), "invalid_archive", "by method 12"),
+    "zip64": (forged(zip_with(), 20, "<I", 0xFFFFFFFF), "invalid_archive", "is larger than 4 GiB"),
+    "another volume": (forged(zip_with(), 34, "<H", 1), "invalid_archive", "on another volume"),
+    "an offset beyond the end": (forged(zip_with(), 42, "<I", 1 << 30), "invalid_archive", "is not where its entry"),
+    "an entry of another kind": (forged(zip_with(), 0, "<4s", b"PK\1\3"), "invalid_archive", "directory is damaged"),
+    "an entry that ends beyond its directory": (
+        forged(zip_with(), 32, "<H", 1),
+        "invalid_archive",
+        "an entry of its directory is damaged",
+    ),
+    "an entry that is not counted": (counted(1, 1), "invalid_archive", "directory is longer than its entries"),
+    "an entry in another volume": (counted(1, 2), "invalid_archive", "it has several volumes"),
+    "a symbolic link": (link_zip(), "invalid_archive", "is a symbolic link"),
+    "a directory with data": (zip_with("folder/"), "invalid_archive", "directory 'folder/' has data"),
+    "many members": (zip_with("{}/x", times=1000), "invalid_archive", "more than 64 members"),
+    "a name that is not the UTF-8 that it claims to be": (
+        misnamed(b"m\x81ne", utf8=True),
+        "invalid_archive",
+        "is marked as UTF-8, and is none",
+    ),
+    "a zero byte in a name": (misnamed(b"m\0ne", utf8=False), "invalid_archive", "has a zero byte"),
+    "dot dot behind back slashes": (windows_zip("a\\..\\..\\adapter_config.json"), "invalid_archive", NO_PATH),
+    "no directory": (zip_with()[:-30], "truncated", "ends without its directory"),
+    "dot dot": (zip_with("../adapter_config.json"), "invalid_archive", NO_PATH),
+    "absolute": (zip_with("/adapter_config.json"), "invalid_archive", NO_PATH),
+    "a backslash": (zip_with("a\\adapter_config.json"), "invalid_archive", NO_PATH),
+    "no weights": (zip_with(), "missing_file", "has no adapter_model.safetensors"),
+    "pickled weights": (zip_with("adapter_model.bin", b"\x80\x04"), "pickled_checkpoint", "it is a pickle"),
 }
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_hostile_zips(kind: str) -> None:
-    data, code = HOSTILE[kind]
+    data, code, words = HOSTILE[kind]
     began = time.monotonic()
     with pytest.raises(InvalidBundle) as refusal:
         peft_from_bytes(memoryview(data), BundleLimits(max_bytes=1 << 20, max_config_bytes=1 << 20))
     assert refusal.value.code == code
+    assert words in refusal.value.message
     assert time.monotonic() - began < 1
 
 
@@ -269,6 +324,10 @@ def test_a_file_takes_no_configuration_beside_its_own_that_says_something_else(f
     with pytest.raises(InvalidBundle, match="has another configuration in its metadata") as refusal:
         peft_from_bytes(data, LIMITS, json.dumps(CONFIG | {"lora_alpha": 99}).encode())
     assert (refusal.value.code, refusal.value.param) == ("invalid_config", "config")
+    for archive in tar_of(folder), zip_of(folder):
+        with pytest.raises(InvalidBundle, match="the archive has its own configuration") as refusal:
+            peft_from_bytes(memoryview(archive), LIMITS, json.dumps(CONFIG).encode())
+        assert refusal.value.param == "config"
 
 
 def test_a_member_is_expanded_in_linear_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -305,6 +364,14 @@ def test_every_truncation_and_every_flipped_byte_is_refused_or_harmless(folder: 
                 check(found)
 
 
+def test_a_tar_that_breaks_off_is_refused(folder: Path) -> None:
+    whole = tar_of(folder)
+    for end in range(600, len(whole.rstrip(b"\0")), 97):
+        with pytest.raises(InvalidBundle) as refusal:
+            peft_from_bytes(memoryview(whole[:end]), LIMITS)
+        assert refusal.value.code == "truncated"
+
+
 def test_twice_in_an_archive_and_two_adapters(folder: Path, tmp_path: Path) -> None:
     buffer = io.BytesIO(tar_of(folder))
     with tarfile.open(fileobj=buffer, mode="a") as archive:
@@ -320,7 +387,7 @@ def test_twice_in_an_archive_and_two_adapters(folder: Path, tmp_path: Path) -> N
 def test_a_name_that_begins_like_another_is_not_below_it(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "run")
     shutil.copytree(folder, tmp_path / "run" / "checkpoint-1")
-    for archive in (zip_of(tmp_path), zip_of(tmp_path / "run")):
+    for archive in (zip_of(tmp_path), zip_of(tmp_path, "outer"), zip_of(tmp_path / "run")):
         assert len(check(peft_from_bytes(memoryview(archive), LIMITS)).ignored) == 5
     shutil.rmtree(tmp_path / "run" / "checkpoint-1")
     shutil.copytree(folder, tmp_path / "run2")

@@ -18,7 +18,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from adapters_store import AdapterBundle, AdapterConfig, InvalidBundle, ModuleSpec
 from adapters_store.convert.dense import dense_factors
-from adapters_store.convert.peft_export import alpha_for, export_peft, peft_config
+from adapters_store.convert.peft_export import alpha_for, export_peft, peft_config, write_head
 from sera_serve.base import FrozenBase, freeze_base, merge_adapter
 from support.factories import random_decoder
 from support.peft_checkpoints import quiet
@@ -180,6 +180,9 @@ def test_a_head_of_images_alone_is_refused_for_its_images(tmp_path: Path) -> Non
         export_peft(bundle, tmp_path / "out")
     assert (refusal.value.code, refusal.value.param) == ("no_peft_form", "adapter_config.image")
     assert not (tmp_path / "out").exists()
+    assert write_head(bundle, tmp_path)
+    with safetensors.safe_open(tmp_path / "head.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["image"]) == spec
 
 
 def test_merging_into_gpt2_turns_no_matrix_round() -> None:
@@ -223,12 +226,14 @@ def test_offsets_become_the_bias_of_lora_b(tmp_path: Path) -> None:
     assert torch.allclose(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_gains_have_no_peft_form(base: FrozenBase, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("vector", "changes"), [("gain", {}), ("offset", {"scaling": 0.0})])
+def test_a_gain_or_an_offset_alone_has_no_peft_form(
+    vector: str, changes: dict[str, float], base: FrozenBase, tmp_path: Path
+) -> None:
     bundle = mixed_bundle(base)
     path = ATTENTION.format(0, "q_proj")
-    modules = bundle.config.modules | {path: bundle.config.modules[path].model_copy(update={"has_gain": True})}
+    spec = bundle.config.modules[path].model_copy(update={f"has_{vector}": True, **changes})
+    config = AdapterConfig(task="generate", method="sera", base=base.info, modules=bundle.config.modules | {path: spec})
     with pytest.raises(InvalidBundle) as refusal:
-        export_peft(
-            fill(AdapterConfig(task="generate", method="sera", base=base.info, modules=modules)), tmp_path / "x"
-        )
-    assert (refusal.value.code, refusal.value.param) == ("no_peft_form", f"{path}.gain")
+        export_peft(fill(config), tmp_path / "x")
+    assert (refusal.value.code, refusal.value.param) == ("no_peft_form", f"{path}.{vector}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     ElectraConfig,
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from adapters_store import AdapterBundle, InvalidBundle, import_peft
+from adapters_store.errors import WrongShape
 from sera_serve.base import FrozenBase, freeze_base, import_base
 from support.factories import byte_tokenizer
 from support.peft_checkpoints import (
@@ -84,6 +86,8 @@ ROWS: dict[str, tuple[str, dict[str, Any], str | None]] = {
     "BERT's pooler is the first layer": ("bert", {"target_modules": ["query", "value"]}, "tanh"),
     "a LoRA on BERT's pooler too": ("bert", {"target_modules": ["query", "dense"]}, "tanh"),
     "DoRA on BERT's pooler too": ("bert", {"target_modules": ["dense"], "use_dora": True}, "tanh"),
+    "a bias of the LoRA on BERT's pooler": ("bert", {"target_modules": ["dense"], "lora_bias": True}, "tanh"),
+    "another pooler than BERT's": ("bert", {"target_modules": ["query"], "modules_to_save": ["pooler"]}, "tanh"),
     "RoBERTa's dense + out_proj": ("roberta", {"target_modules": ["query", "value"]}, "tanh"),
     "ELECTRA's dense + out_proj": ("electra", {"target_modules": ["query", "value"]}, "gelu"),
     "DistilBERT's pre_classifier + classifier": (
@@ -135,16 +139,20 @@ def test_labels_come_from_id2label(tmp_path: Path) -> None:
     model, base = classifier("roberta")
     save_checkpoint(model, tmp_path, task_type="SEQ_CLS", target_modules=["query"])
     (tmp_path / "config.json").write_text(json.dumps({"id2label": {"0": "x", "1": "y", "2": "z"}}))
-    assert imported(tmp_path, base).bundle.config.labels == ["x", "y", "z"]
+    # A tokenizer beside may have one. A classifier has no chat.
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    config = imported(tmp_path, base).bundle.config
+    assert (config.labels, config.chat_template) == (["x", "y", "z"], None)
     (tmp_path / "config.json").write_text(json.dumps({"id2label": {"0": "x", "1": "y", "3": "z"}}))
     with pytest.raises(InvalidBundle, match="its keys must be 0 to 2") as wrong:
         imported(tmp_path, base)
     assert wrong.value.param == "config.json.id2label"
     edit_config(tmp_path, id2label={"0": "no", "1": "maybe", "2": "yes"})
     assert imported(tmp_path, base).bundle.config.labels == ["no", "maybe", "yes"]
-    edit_config(tmp_path, id2label={"0": "no", "1": "yes"})
-    with pytest.raises(InvalidBundle, match="head has 3 rows"):
-        imported(tmp_path, base)
+    for labels in {"0": "no", "1": "yes"}, {"0": "no", "1": "yes", "2": "no"}:
+        edit_config(tmp_path, id2label=labels)
+        with pytest.raises(InvalidBundle, match="has 2 different labels, the head has 3 rows"):
+            imported(tmp_path, base)
 
 
 def test_a_regression_is_refused_with_what_trains_one(tmp_path: Path) -> None:
@@ -176,15 +184,23 @@ def test_heads_that_are_not_whole(tmp_path: Path) -> None:
     edit_tensors(whole, lambda t: t | {"base_model.model.classifier.extra.weight": torch.ones(2)})
     with pytest.raises(InvalidBundle, match=r"classifier\.extra\.weight"):
         imported(whole, base)
+    for part, shape in ("bias", (3, 1)), ("weight", (3, 31)), ("weight", (3,)):
+        name = f"base_model.model.classifier.out_proj.{part}"
+        edit_tensors(whole, lambda t, name=name, shape=shape: t | {name: torch.ones(shape)})  # type: ignore[misc]
+        with pytest.raises(WrongShape) as refusal:
+            imported(whole, base)
+        assert refusal.value.param == name
 
 
 def test_a_base_without_its_pooler_is_refused(tmp_path: Path) -> None:
     model, base = classifier("bert")
     save_checkpoint(model, tmp_path, task_type="SEQ_CLS", target_modules=["query"])
     base.model.get_submodule("pooler.dense").weight.data.zero_()
-    with pytest.raises(InvalidBundle, match="pooler") as refusal:
-        imported(tmp_path, base)
-    assert refusal.value.param == "base"
+    without = freeze_base(BertModel(model.config, add_pooling_layer=False), byte_tokenizer(), "bert", "encoder")
+    for found in base, without:
+        with pytest.raises(InvalidBundle, match="pooler") as refusal:
+            imported(tmp_path, found)
+        assert refusal.value.param == "base"
 
 
 @pytest.fixture(scope="module")

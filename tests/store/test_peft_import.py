@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from peft.tuners.lora.config import BdLoraConfig
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
 
-from adapters_store import AdapterBundle
+from adapters_store import AdapterBundle, BundleLimits, InvalidBundle, import_peft, peft_from_bytes
 from sera_serve.base import FrozenBase, freeze_base, import_base, load_base
 from sera_serve.residency.import_probe import import_checkpoint
 from support.factories import random_decoder
@@ -176,6 +177,15 @@ def test_dtypes_are_kept(dtype: torch.dtype, base: FrozenBase, tmp_path: Path) -
     assert record["dtypes"] == [{torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]]
 
 
+def test_bytes_that_must_not_be_written_to_are_copied(base: FrozenBase, tmp_path: Path) -> None:
+    folder = save_checkpoint(base.model, tmp_path)
+    data = memoryview((folder / WEIGHTS).read_bytes())
+    files = peft_from_bytes(data, BundleLimits(), (folder / CONFIG).read_bytes())
+    assert files is not None
+    # torch warns of tensors on memory that is not to be written to, and a warning is an error here.
+    assert import_peft(files, import_base(base)).bundle.digest == imported(folder, base).bundle.digest
+
+
 def test_the_largest_error_of_a_coarser_base_is_recorded(base: FrozenBase, tmp_path: Path) -> None:
     files = read(save_checkpoint(base.model, tmp_path))
     errors = {
@@ -184,6 +194,23 @@ def test_the_largest_error_of_a_coarser_base_is_recorded(base: FrozenBase, tmp_p
     }
     assert errors[torch.float32] < 1e-5
     assert 1e-4 < errors[torch.bfloat16] < 0.1
+
+
+def test_the_rank_is_that_of_the_tensors(base: FrozenBase, tmp_path: Path) -> None:
+    folder = save_checkpoint(base.model, tmp_path)
+    edit_config(folder, r=8, rank_pattern={"q_proj": 4})
+    result = imported(folder, base)
+    assert {(spec.rank, spec.scaling) for spec in result.bundle.config.modules.values()} == {(4, 1.5)}
+    assert result.warnings[0].startswith("5 layers, such as model.layers.0.self_attn.v_proj, have another rank")
+
+
+def test_a_row_of_no_length_has_no_direction(base: FrozenBase, tmp_path: Path) -> None:
+    folder = save_checkpoint(base.model, tmp_path, target_modules=["q_proj"], use_dora=True)
+    whole = import_base(base)
+    no_weight = replace(whole, weight=lambda path: torch.zeros_like(whole.weight(path)))
+    edit_tensors(folder, lambda tensors: {n: t * ("lora_B" not in n) for n, t in tensors.items()})
+    with pytest.raises(InvalidBundle, match="has the length 0, and DoRA divides by it"):
+        import_peft(read(folder), no_weight)
 
 
 def renamed(change: Callable[[str], str]) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
@@ -261,8 +288,10 @@ def test_a_chat_template_beside_goes_along(base: FrozenBase, tmp_path: Path) -> 
     (folder / "chat_template.jinja").write_text("{{ messages }}")
     assert imported(folder, base).bundle.config.chat_template == "{{ messages }}"
     (folder / "chat_template.jinja").unlink()
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ x }}"}))
-    assert imported(folder, base).bundle.config.chat_template == "{{ x }}"
+    named = [{"name": name, "template": f"{{{{ {name} }}}}"} for name in ("rag", "default")]
+    for said, taken in ("{{ x }}", "{{ x }}"), (named, "{{ default }}"), (named[:1], None), ("", None):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": said}))
+        assert imported(folder, base).bundle.config.chat_template == taken
 
 
 def test_a_public_checkpoint_of_a_decoder(shared_data: Path) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import regex
+import safetensors.torch
 import torch
-from peft import IA3Config, VeraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, VeraConfig, get_peft_model
 from torch import Tensor
 
 from adapters_store import BundleLimits, InvalidBundle, import_peft, peft_from_path
@@ -123,7 +124,12 @@ TENSORS = {
     "a magnitude without use_dora": f"{Q}.lora_magnitude_vector",
     "a bias without lora_bias": f"{Q}.lora_B.bias",
     "experts": "base_model.model.model.layers.0.mlp.experts.lora_A.weight",
+    "a bias of lora_A": f"{Q}.lora_A.bias",
+    "an adapter's name of two parts": f"{Q}.lora_A.my.adapter.weight",
+    "a classifier within a layer": "base_model.model.model.layers.0.classifier.weight",
 }
+# What is no part of a LoRA or of a head, whatever the configuration says.
+UNKNOWN = ("modules_to_save of a norm", *list(TENSORS)[-3:])
 
 
 @pytest.mark.parametrize("row", TENSORS)
@@ -132,6 +138,9 @@ def test_refused_by_its_tensor(row: str, folder: Path, base: FrozenBase) -> None
     error = refusal(folder, base)
     assert error.code in ("unsupported_adapter", "unknown_module")
     assert TENSORS[row] in error.message or error.param == TENSORS[row] or "experts" in error.message
+    assert row not in UNKNOWN or "is neither a LoRA's factor nor a part of a classifier's head" in error.message
+    _, is_unannounced, field = row.partition(" without ")
+    assert not is_unannounced or f"adapter_config.{field} is not true" in error.message
 
 
 def test_each_name_is_split_once() -> None:
@@ -177,8 +186,14 @@ def test_another_base_is_named_with_both_sides(folder: Path, base: FrozenBase) -
     assert "only 5 of the checkpoint's 10 layers" in error.message
     assert "layers.0.attention.wq" in error.message
     assert "model.layers.0" in error.message
-    edit_tensors(folder, lambda t: {n.replace("layers", "blocks"): x for n, x in t.items()})
-    assert "none of the checkpoint's 10 layers" in refusal(folder, base).message
+    edit_tensors(
+        folder,
+        lambda t: {n.replace("layers", "blocks").replace("attention.wq", "self_attn.q_proj"): x for n, x in t.items()},
+    )
+    message = refusal(folder, base).message
+    assert "none of the checkpoint's 10 layers" in message
+    assert "its own are such as model.layers.0.self_attn.q_proj, model.layers.1.self_attn.q_proj" in message
+    assert list(sort_keys(["base_model.model.lora_A.weight"]).layers) == ["model"]
 
 
 DAMAGE = {
@@ -210,10 +225,14 @@ def test_damaged_tensors(row: str, folder: Path, base: FrozenBase) -> None:
         ({"alpha_pattern": {"(": 1}}, "alpha_pattern"),
         ({"alpha_pattern": {"x" * 600: 1}}, "alpha_pattern"),
         ({"rank_pattern": {"q_proj": "8"}}, "rank_pattern"),
+        ({"rank_pattern": {"q_proj": 2.5}}, "rank_pattern"),
         ({"peft_type": 7}, "peft_type"),
         ({"task_type": ["X"]}, "task_type"),
         ({"id2label": {"1": "a"}}, "id2label"),
+        ({"id2label": {"0": ""}}, "id2label"),
+        ({"id2label": 7}, "id2label"),
         ({"use_bdlora": {"nblocks": 0}, "peft_version": None}, "use_bdlora.nblocks"),
+        ({"use_bdlora": 2}, "use_bdlora"),
         ({"base_model_name_or_path": 3}, "base_model_name_or_path"),
         ({"modules_to_save": "score"}, "modules_to_save"),
     ],
@@ -296,6 +315,27 @@ def test_patterns_of_both_fields_share_the_time_and_compiling_counts(monkeypatch
     assert caught.value.param == "adapter_config.rank_pattern"
 
 
+def test_each_match_has_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, given = [0.0], []
+    monkeypatch.setattr(peft_config, "monotonic", lambda: now[0])
+
+    class Slow:
+        def match(self, path: str, timeout: float) -> None:
+            given.append(timeout)
+            now[0] += 0.75
+
+    monkeypatch.setattr(regex, "compile", lambda *_, **__: Slow())
+    matcher = peft_config.PatternMatcher(["a", "b", "c", "d"], "alpha_pattern", peft_config.PatternBudget())
+    with pytest.raises(InvalidBundle, match="compile and match"):
+        matcher.find("x")
+    assert given == [2.0, 1.25, 0.5]
+
+
+def test_what_a_configuration_leaves_out_is_peft_s_default() -> None:
+    found, peft = peft_config.read_peft_config({"peft_type": "LORA"}), LoraConfig()
+    assert (found.rank, found.alpha) == (peft.r, peft.lora_alpha)
+
+
 def blocked(rows_of_b: int) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     """One layer (64, 64) whose A has 64 blocks and rank 256: 1 KiB in the file, 64 KiB written out."""
     return lambda _: {f"{Q}.lora_A.weight": torch.ones(256, 1), f"{Q}.lora_B.weight": torch.ones(rows_of_b, 256)}
@@ -316,6 +356,11 @@ def test_the_zeros_of_blocks_are_bounded_before_they_are_written(
         # B's shape is looked at first.
         edit_tensors(folder, blocked(63))
         assert refusal(folder, base).code == "wrong_shape"
+        # 250 rows of A are no 64 blocks, and one row of numbers is no matrix.
+        for shape in (250, 1), (250,):
+            factors = {f"{Q}.lora_A.weight": torch.ones(shape), f"{Q}.lora_B.weight": torch.ones(64, 250)}
+            edit_tensors(folder, lambda _, factors=factors: factors)  # type: ignore[misc]
+            assert refusal(folder, base).param == f"{Q}.lora_A.weight"
     edit_tensors(folder, blocked(64))
     files = peft_from_path(str(folder), BundleLimits(max_bytes=128 << 10))
     assert files is not None
@@ -379,7 +424,19 @@ def test_patterns_that_take_too_much_memory(folder: Path, base: FrozenBase, monk
 def test_dora_and_bias_need_each_layer_s_vector(folder: Path, base: FrozenBase) -> None:
     edit_config(folder, use_dora=True)
     assert refusal(folder, base).code == "missing_tensor"
+    magnitudes = {
+        name.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(64 if "q_proj" in name else 32)
+        for name in safetensors.torch.load_file(folder / WEIGHTS)
+        if "lora_A" in name
+    }
+    edit_tensors(folder, lambda tensors: tensors | magnitudes)
+    assert {spec.has_gain for spec in imported(folder, base).bundle.config.modules.values()} == {True}
+    for shape in (63, 1), (8, 8):
+        edit_tensors(folder, with_tensor(f"{Q}.lora_magnitude_vector", *shape))
+        error = refusal(folder, base)
+        assert (error.code, error.param) == ("wrong_shape", f"{Q}.lora_magnitude_vector")
     edit_config(folder, use_dora=False, lora_bias=True)
+    edit_tensors(folder, lambda tensors: {n: t for n, t in tensors.items() if "magnitude" not in n})
     assert refusal(folder, base).code == "missing_tensor"
 
 
@@ -396,9 +453,10 @@ def test_pickled_weights(folder: Path, base: FrozenBase) -> None:
     assert (error.code, error.param) == ("pickled_checkpoint", "adapter_model.bin")
     assert "save_file" in error.message
     (folder / CONFIG).unlink()
-    with pytest.raises(InvalidBundle) as alone:
-        peft_from_path(str(folder), BundleLimits())
-    assert alone.value.code == "pickled_checkpoint"
+    for path in folder, folder / "adapter_model.bin":
+        with pytest.raises(InvalidBundle) as alone:
+            peft_from_path(str(path), BundleLimits())
+        assert alone.value.code == "pickled_checkpoint"
 
 
 def test_no_weights_two_weights_and_two_adapters(folder: Path, base: FrozenBase) -> None:

@@ -113,6 +113,7 @@ def test_layers_are_averaged_by_what_they_compute() -> None:
     first = bundle_of({Q1: MODULE, Q2: narrow, value: MODULE})
     second = bundle_of({Q1: MODULE, Q2: MODULE, value: {**MODULE, "scaling": 0.0}}, seed=1)
     one, two = layer_spectra(first), layer_spectra(second)
+    assert [layer.spec for layer in one] == [first.config.modules[layer.path] for layer in one]
     # The value layer of the second adapter was not trained.
     (query,) = similarity_by_group(one, two)
     parts = [subspace_similarity(a, b) for a, b in zip(one, two, strict=True) if a.group == "query"]
@@ -188,6 +189,8 @@ def test_the_effective_rank() -> None:
     config = AdapterConfig.model_validate(config_fields(modules={Q1: shape}))
     assert layer_spectra(AdapterBundle(config, tensors))[0].effective_rank == pytest.approx(4)
     assert math.isclose(layer_spectra(AdapterBundle(config, tensors))[0].norm, 2)
+    tensors[f"{Q1}.sera_b"] = torch.diag(torch.tensor([1.0, 1.0, 1.0, 0.0]))
+    assert layer_spectra(AdapterBundle(config, tensors))[0].effective_rank == pytest.approx(3)
 
 
 def test_a_head_alone_has_no_spectrum() -> None:

@@ -38,6 +38,7 @@ def test_valid_json_is_what_the_standard_library_reads(ensure_ascii: bool) -> No
     ("data", "said"),
     [
         (b'{"a": 1, "b": {"c": 1, "c": 2}}', "'c' appears twice"),
+        (b'{"a": 1, "b": 2, "b": 3}', "'b' appears twice"),
         (b"[NaN]", "NaN"),
         (b"\xff", "UTF-8"),
         (b'{"a": ' + b"1" * 5000 + b"}", "integer of more than 4300 digits"),
@@ -70,6 +71,7 @@ def test_other_json_is_refused(data: str | bytes, said: str) -> None:
         b"[" + b"[]," * 97 + b'{"a":1}]',
         b"[" + b"1," * 6000 + b"1]",
         b"[" + b'"\\",,,,,,,,,,,,,,,,", ' * 600 + b"1]",
+        b'["' + b"," * 6001 + b'"' + b" " * 6001 + b"]",
     ],
 )
 def test_strings_and_numbers_do_not_count(data: bytes) -> None:
