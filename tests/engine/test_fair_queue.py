@@ -36,6 +36,9 @@ def fill(queue: FairQueue[Request], tenant: str, count: int, tokens: int = 10) -
 def test_a_tenant_alone_is_served_in_the_order_it_came() -> None:
     queue = FairQueue[Request]()
     requests = fill(queue, "a", 5)
+    preempted = [take(queue), take(queue)]
+    for request in reversed(preempted):
+        queue.push(request)
     assert [take(queue) for _ in range(5)] == requests
     assert queue.first() is None
     assert len(queue) == 0

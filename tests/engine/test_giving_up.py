@@ -15,7 +15,7 @@ from sera_serve.engine import BASE_PRINCIPAL, GenerateParams, GenerationStream
 from sera_serve.engine.request import FinishReason, GenerationRequest, RequestState
 from sera_serve.engine.results import TokenLogprobs
 from sera_serve.engine.stream import Detokenizer, Mailbox
-from sera_serve.errors import AdapterTooLarge, DeadlineExceeded, Overloaded, TenantOverloaded
+from sera_serve.errors import AdapterTooLarge, DeadlineExceeded, EngineUnavailable, Overloaded, TenantOverloaded
 from support.engine import GatedStore, Start, classify, collect, generate, settled, until
 from support.factories import greedy
 from support.standstill import standstill
@@ -137,7 +137,8 @@ def test_a_running_request_ends_at_its_deadline(
             while True:
                 seen += (await anext(stream)).token_ids
         assert (refusal.value.status, refusal.value.param) == (504, "timeout_s")
-        assert 5 * reads <= len(seen) < 250
+        # All that it got comes before the error.
+        assert 5 * reads <= len(seen) == stream.request.generated < 250
         assert stream.result is None
         whole = await collect(engine, adapter="a/writer", prompt="x", max_new_tokens=250, timeout_s=60)
         assert whole.token_ids[: len(seen)] == seen
@@ -187,6 +188,27 @@ def test_a_generation_that_is_shed_while_it_waits_again_is_refused_as_others_are
         with pytest.raises(TenantOverloaded, match=r"^more than its share; send it again later$") as refusal:
             await anext(stream)
         assert refusal.value.retry_after == 7
+        # The two no longer hold each other, and nothing more comes.
+        assert request.reader is None
+        assert [delta async for delta in stream] == []
+
+    asyncio.run(main())
+
+
+def test_a_generation_that_others_cancel_ends_without_a_result(decoder: FrozenBase) -> None:
+    async def main() -> None:
+        request = GenerationRequest(principal=BASE_PRINCIPAL, tokens=[1], prompt_tokens=1)
+        mailbox, told = Mailbox(asyncio.get_running_loop()), []
+        stream = GenerationStream(request, Detokenizer(decoder.tokenizer, [1], []), mailbox, told.append)
+        stream.end_at(asyncio.get_running_loop().time() + 60)
+        request.move(RequestState.RUNNING)
+        request.tokens.append(70)
+        request.finish(FinishReason.CANCELLED)
+        assert [delta async for delta in stream] == []
+        assert (stream.result, request.reader, stream._deadline) == (None, None, None)
+        with pytest.raises(EngineUnavailable, match="closed before it finished"):
+            await stream.collect()
+        assert told == []
 
     asyncio.run(main())
 

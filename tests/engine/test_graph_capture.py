@@ -12,7 +12,7 @@ import torch
 
 from sera_kernels import ShapeClasses
 from sera_kernels.shape_classes import RANK_BUCKETS
-from sera_serve.engine import BASE_PRINCIPAL
+from sera_serve.engine import BASE_PRINCIPAL, GenerateParams
 from sera_serve.engine.loop import captures, graphs
 from sera_serve.engine.loop.captures import NotCaptured, least_covering
 from sera_serve.engine.loop.graphs import NotCapturable, StepGraphs, check_capturable, token_buckets
@@ -69,12 +69,14 @@ class Driver:
     Attributes:
         open: Pools that something is captured to. While there is one, torch gives no memory back.
         released: Pools, once for each capture that failed and cannot be ended.
+        log: Waits for the device, and the pools of captures that began.
     """
 
     def __init__(self) -> None:
         self.pools = 0
         self.open: set[int] = set()
         self.released: list[int] = []
+        self.log: list[object] = []
         self.can_end = True
 
     def new_pool(self) -> int:
@@ -88,6 +90,7 @@ class Driver:
             if pool in self.open:
                 raise RuntimeError(f"already recording to pool {pool}")
             self.open.add(pool)
+            self.log.append(pool)
             held.append(pool)
 
         def end() -> None:
@@ -108,7 +111,9 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     made = Driver()
     monkeypatch.setattr(torch.cuda, "CUDAGraph", made.CUDAGraph)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", made.new_pool)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: made.log.append("wait"))
+    )
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", made.close)
     monkeypatch.setattr(torch._C, "_cuda_releasePool", lambda device, pool: made.released.append(pool))
@@ -128,7 +133,8 @@ def test_a_capture_that_fails_does_not_bar_the_next(
             driver.can_end = can_end
             raise torch.OutOfMemoryError("out of memory")
 
-    step = SimpleNamespace(stage=lambda batch, tables: 0, upload=lambda turn: None, run=run)
+    staged: list[object] = []
+    step = SimpleNamespace(stage=lambda batch, tables: staged.append(batch) or 5, upload=staged.append, run=run)
     monkeypatch.setattr(graphs, "StaticStep", lambda *_, **__: step)
     tables = RowTables(4, 8)
     found = StepGraphs(DECODER, tables)
@@ -139,7 +145,43 @@ def test_a_capture_that_fails_does_not_bar_the_next(
     driver.can_end = True
     captured = found._captures.captured(key)
     assert captured[0] is step and found._captures.captured(key) is captured  # type: ignore[comparison-overlap]
+    assert hasattr(captured[1], "capture_end")
+    assert driver.log == ["wait", 1, "wait", 2], "into other memory than that of the capture that failed"
     assert len(runs) == 2 * (captures._WARM_UP_RUNS + 1) and not driver.open
+    assert staged == [StaticBatch(), 5] * 2, "captured over padding alone"
+
+
+def test_every_step_of_the_base_model_has_a_graph_before_the_first_request(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = StepGraphs(DECODER, RowTables(4, 8))
+    captured: list[StaticKey] = []
+    checked: list[StaticKey] = []
+    monkeypatch.setattr(steps._captures, "captured", captured.append)
+    monkeypatch.setattr(steps._captures, "warmed_up", lambda key: SimpleNamespace(run=lambda: checked.append(key)))
+    monkeypatch.setattr(graphs, "check_capturable", lambda run: run())
+    steps.capture_all()
+    assert checked == [StaticKey(1, 1, ShapeClasses(), sampled=False, truncated=False)]
+    sizes = [key.tokens for key in captured]
+    assert sizes == sorted(sizes, reverse=True), "the largest first"
+    assert {key.classes for key in captured} == {captures.FIRST_CLASSES, ShapeClasses()}
+    for options, is_sampled, is_truncated in [
+        ({}, False, False),
+        ({"top_k": 5}, False, False),
+        ({"temperature": 0.5}, True, False),
+        ({"temperature": 0.5, "top_k": 5}, True, True),
+    ]:
+        plain, odd = (
+            GenerationRequest(principal=BASE_PRINCIPAL, tokens=[1] * 5, params=GenerateParams(**fields))
+            for fields in ({}, options)
+        )
+        for decodes, prompts, tokens, rows in [(1, 0, 1, 1), (2, 0, 2, 2), (3, 0, 4, 4), (4, 0, 4, 4), (1, 1, 8, 4)]:
+            batch = StaticBatch([odd, plain, plain, plain][:decodes], [plain] * prompts)
+            key = steps._key(batch)
+            # A step with prompts has one graph for any sampling.
+            sampled, truncated = (is_sampled or bool(prompts), is_truncated or bool(prompts))
+            assert key == StaticKey(tokens, rows, ShapeClasses(), sampled, truncated)
+            assert key in captured
 
 
 def test_a_step_that_could_not_be_captured_is_refused_for_a_while(
@@ -187,11 +229,13 @@ def test_adapters_of_all_shapes_have_graphs_of_few_kinds() -> None:
     assert len(captured) <= captures._MOST_KINDS + 3 * len(RANK_BUCKETS) + 1
     assert [least_covering(captured, one) for one in captured[:8]] == captured[:8]
     assert not least_covering(captured[:1], ShapeClasses()).width, "a step without adapters pays for them"
+    assert not least_covering([ShapeClasses(single=64, vectors=True)], ShapeClasses(single=8)).vectors
 
 
+@pytest.mark.parametrize("least", [0, 512])
 @pytest.mark.parametrize("rows", [1, 8, 64, 100, 256, 300, 511, 512, 600, 2000])
-def test_sizes_of_steps(rows: int) -> None:
-    most = max(rows, 512)
+def test_sizes_of_steps(rows: int, least: int) -> None:
+    most = max(rows, least)
     sizes = token_buckets(rows, most)
     assert sizes == sorted(set(sizes)) and sizes[0] == 1 and sizes[-1] == most
     # Decodes of all rows are no step with prompts, whose graphs are for any sampling.
@@ -236,6 +280,8 @@ def test_a_launch_brings_pages_and_inputs_before_the_graph(monkeypatch: pytest.M
     tables = RowTables(4, 8)
     request = GenerationRequest(principal=BASE_PRINCIPAL, tokens=[1, 2])
     request.row, request.pages = 2, [5, 6]
+    placed = SimpleNamespace(adapter=SimpleNamespace(classes=ShapeClasses(whole=16)))
+    request.lease = SimpleNamespace(placement=placed, slot=0)  # type: ignore[assignment]
     tables.enter(request)
     steps = StepGraphs(DECODER, tables)
     monkeypatch.setattr(steps._captures, "get", lambda key: (step, graph))
@@ -250,3 +296,5 @@ def test_a_launch_brings_pages_and_inputs_before_the_graph(monkeypatch: pytest.M
     assert launched.wait() == [7] and log[-1] == "wait"
     steps.launch(StaticBatch([request]), 0)
     assert log[-6:] == ["pages []", *order]
+    # Steps of smaller adapters of this kind need no graph of their own.
+    assert steps._captured == [captures.FIRST_CLASSES, ShapeClasses(), ShapeClasses(whole=16)]

@@ -112,3 +112,14 @@ def test_many_references_are_forgotten_and_one_adapter_has_few() -> None:
     for number in range(2000):
         names.add(f"acme/c@alias-{number}", "d3")
     assert names.activity(["d2"], []).running == ()
+
+
+def test_the_names_least_recently_used_are_forgotten_first() -> None:
+    for max_resident, most in (2, 1024), (600, 1200):
+        names = AdapterNames(max_resident)
+        for number in range(most):
+            names.add(f"acme/a{number}", f"d{number}")
+        assert names.activity(["d0"], []).running == ("acme/a0",)
+        names.add("acme/a0", "d0")
+        names.add("acme/b", "d")
+        assert names.activity(["d0", "d1", "d2"], []).running == ("acme/a0", "acme/a2")

@@ -286,6 +286,30 @@ def test_sizes_of_passes(max_rows: int, max_tokens: int) -> None:
     assert bool(keys) == (max_tokens >= 16)
 
 
+@pytest.mark.parametrize(
+    ("make_base", "lengths"), [(random_encoder, [16]), (random_vit, [None]), (random_clip, [16, None])]
+)
+def test_the_smallest_pass_of_each_kind_is_captured_at_once(
+    make_base: Callable[[], FrozenBase], lengths: list[int | None]
+) -> None:
+    base = make_base()
+    graphs = PassGraphs(base, None, 4, 2048)  # type: ignore[arg-type]
+    captured: list[PassKey] = []
+    graphs._captures.captured = captured.append  # type: ignore[method-assign, assignment]
+    graphs.capture_first()
+    assert captured == [PassKey(1, length, ShapeClasses()) for length in lengths]
+    for length in lengths:
+        (row,) = texts([9], 0) if length is not None else images(1, 0, base)
+        # Of texts a dual base projects in any case.
+        for embeds in False, True:
+            key = graphs._key([row], ShapeClasses(), embeds)
+            assert key == PassKey(1, length, ShapeClasses(), embeds and length is None and base.kind == "dual")
+    tower = base.image_tower
+    if tower is not None:
+        most = min(4, 2048 // tower.tokens)
+        assert PassBuffers(base, 4, 2048).host["pixel_values"].shape == (most * 3 * tower.height * tower.width,)
+
+
 def _shape_of(base: FrozenBase) -> Any:
     """What buffers are made for."""
     names = ("reads_text", "image_tower", "device", "dtype", "hidden_size", "embedding_size", "kind")

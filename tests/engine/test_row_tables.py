@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
-from sera_serve.engine import BASE_PRINCIPAL
+from sera_kernels import NO_ADAPTER
+from sera_serve.engine import BASE_PRINCIPAL, GenerateParams
 from sera_serve.engine.loop.pages import SCRATCH
 from sera_serve.engine.loop.row_tables import DeviceRows, RowTables
 from sera_serve.engine.request import GenerationRequest
@@ -66,3 +69,26 @@ def test_new_pages_alone_are_taken() -> None:
     tables.grow(long)
     assert tables.take_new_pages().tolist() == [[31], [14]]
     assert tables.take_new_pages().dtype == np.int64
+
+
+def test_a_row_has_what_its_request_asks_for() -> None:
+    tables = RowTables(ROWS, PAGES)
+    params = GenerateParams(temperature=0.5, top_k=3, top_p=0.25, min_p=0.125)
+    request = GenerationRequest(principal=BASE_PRINCIPAL, tokens=[5, 6, 7], params=params, seed=1 << 63, adapter_from=2)
+    request.row, request.pages, request.computed, request.rotary_side = 3, [11, 12], 1, 1
+    request.lease = cast(Any, SimpleNamespace(slot=4))
+    tables.enter(request)
+    # What lies in another request's page might be NaN.
+    assert tables.pages[3].tolist() == [11, 12, *[11] * (PAGES - 2)]
+    assert (tables.computed[3], tables.next_token[3], tables.seed[3]) == (1, 6, 1 << 63)
+    assert tables.slots_at(3, np.arange(4)).tolist() == [NO_ADAPTER, NO_ADAPTER, 4, 4]
+    options = (tables.temperature, tables.top_k, tables.top_p, tables.min_p, tables.truncates, tables.is_long)
+    assert [column[3] for column in options] == [0.5, 3, 0.25, 0.125, True, True]
+    request.computed = 2
+    tables.advance(request)
+    assert (tables.computed[3], tables.next_token[3]) == (2, 7)
+    # Nothing of it is left for the next one.
+    tables.enter(running(3, [21]))
+    assert tables.slots_at(3, np.arange(4)).tolist() == [NO_ADAPTER] * 4
+    assert [column[3] for column in options] == [0, 0, 1, 0, False, False]
+    assert (tables.computed[3], tables.next_token[3], tables.seed[3]) == (0, 1, 0)
