@@ -133,7 +133,10 @@ def test_the_packed_part_of_a_step_fails_alone(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 13 GiB")
         return packed(decodes, chunks)
 
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    probe, probes, freed = replayed.runner.probe, [], []
+    # It would raise if the device itself had failed.
+    replayed.runner.probe = lambda: probes.append(True) or probe()  # type: ignore[method-assign, func-returns-value]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append(True))
     replayed.runner._run_packed = without_memory  # type: ignore[method-assign]
 
     async def with_a_long_one() -> list[GenerationResult]:
@@ -144,7 +147,7 @@ def test_the_packed_part_of_a_step_fails_alone(
         return await others
 
     assert [one.token_ids for one in asyncio.run(with_a_long_one())] == want
-    assert len(beside) == 1 and engine.failure() is None
+    assert len(beside) == len(probes) == len(freed) == 1 and engine.failure() is None
 
 
 @pytest.mark.slow

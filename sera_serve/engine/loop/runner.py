@@ -204,9 +204,10 @@ class StepRunner:
         parts: list[StepOutcome] = []
         if chosen:
             parts.append(self._run_apart(chosen, lambda: self._choose(launched, requests, chosen)))
-        if decodes or chunks:
-            packed = decodes + [request for request, _ in chunks]
-            parts.append(self._run_apart(packed, lambda: self._run_packed(decodes, chunks)))
+        if chunks:
+            # The decodes of a step are static all together, or none is.
+            packed = [request for request, _ in chunks]
+            parts.append(self._run_apart(packed, lambda: self._run_packed([], chunks)))
 
         def wait() -> StepOutcome:
             return _joined([_static_outcome(requests, launched.wait(), set(chosen)), *parts])
