@@ -59,7 +59,7 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if _waits(func, args, kwargs or {}, result) and _is_ours():
+        if waits(func, args, kwargs or {}, result) and _is_ours():
             self._found.append(str(func))
         return result
 
@@ -77,7 +77,8 @@ class _Methods(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _waits(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> bool:
+def waits(func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> bool:
+    """Whether the host waits for the device in an operation."""
     if func in (_ATEN._to_copy.default, _ATEN.copy_.default):
         source = args[1] if func is _ATEN.copy_.default else args[0]
         # What goes to ordinary memory of the host is waited for in any case.

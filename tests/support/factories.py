@@ -35,14 +35,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def random_decoder(seed: int = 0) -> FrozenBase:
+def random_decoder(seed: int = 0, layers: int = 2) -> FrozenBase:
     """Make a Llama with random weights. The weights are large enough that greedy text does not repeat one token."""
     torch.manual_seed(seed)
     model = LlamaForCausalLM(
         LlamaConfig(
             hidden_size=64,
             intermediate_size=128,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             num_key_value_heads=2,
             vocab_size=259,
@@ -56,13 +56,13 @@ def random_decoder(seed: int = 0) -> FrozenBase:
     return freeze_base(model, byte_tokenizer(), "random-llama")
 
 
-def random_encoder(seed: int = 0, tokenizer: PreTrainedTokenizerFast | None = None) -> FrozenBase:
+def random_encoder(seed: int = 0, tokenizer: PreTrainedTokenizerFast | None = None, layers: int = 2) -> FrozenBase:
     """Make a BERT with random weights."""
     torch.manual_seed(seed)
     config = BertConfig(
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         vocab_size=259,
         max_position_embeddings=256,

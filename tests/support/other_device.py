@@ -65,14 +65,14 @@ class Elsewhere(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _compute(func, args, kwargs or {})
+        return compute(func, args, kwargs or {})
 
 
 class _Placing(TorchDispatchMode):
     """Makes what is asked for on `OTHER`, also without a tensor of it among the arguments."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _compute(func, args, kwargs or {})
+        return compute(func, args, kwargs or {})
 
 
 class _Python(TorchFunctionMode):
@@ -88,18 +88,19 @@ class _Python(TorchFunctionMode):
             if func is Tensor.tolist:
                 return args[0].inner.tolist()
             if func in (Tensor.__getitem__, Tensor.__setitem__):
-                args = (args[0], _index(args[1]), *args[2:])
+                args = (args[0], as_index(args[1]), *args[2:])
         return func(*args, **kwargs)
 
 
-def _index(index: Any) -> Any:
+def as_index(index: Any) -> Any:
     """Lists of numbers as tensors: torch would make them on `OTHER` without numbers."""
     if isinstance(index, tuple):
-        return tuple(_index(part) for part in index)
+        return tuple(as_index(part) for part in index)
     return torch.tensor(index, dtype=torch.int64) if isinstance(index, list) else index
 
 
-def _compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def compute(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run an operation where its tensors are."""
     flat = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
     own = [tensor for tensor in flat if isinstance(tensor, Elsewhere)]
     of_cpu = [tensor for tensor in flat if tensor.dim() and not isinstance(tensor, Elsewhere)]
